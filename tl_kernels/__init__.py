@@ -1,0 +1,30 @@
+"""The TileLang programs of mHC, each with its spec. ``KERNELS`` maps a name to a :class:`~tl_kernels.spec.Kernel`.
+
+Importing a program imports TileLang; importing this package does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+
+from tl_kernels.spec import Kernel
+
+#: In the order a boundary runs them; a backward stands in its forward's file.
+NAMES = tuple(name + suffix for name in ("project", "activate", "sinkhorn", "pre", "post_res") for suffix in ("", "_bwd"))
+
+
+class _Registry(Mapping[str, Kernel]):
+    def __getitem__(self, name: str) -> Kernel:
+        if name not in NAMES:
+            raise KeyError(f"no kernel {name!r}; there are {', '.join(NAMES)}")
+        return getattr(importlib.import_module(f"tl_kernels.{name.removesuffix('_bwd')}"), name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+KERNELS: Mapping[str, Kernel] = _Registry()

@@ -1,0 +1,103 @@
+"""Compile a kernel for a target and call it on torch tensors.
+
+A target is ``"cpu"`` or a CUDA architecture such as ``"sm_90a"``. Compiled programs land in TileLang's disk cache, so a second process
+loads them in milliseconds, also when the first had no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import Any
+
+import torch
+
+from tl_kernels.spec import Config, Kernel, Problem
+
+os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+
+_LOCK = threading.Lock()
+
+
+def device_arch(device: torch.device) -> str:
+    """``"cpu"``, or the CUDA architecture of a device with its ``a`` suffix where the chip has one (Hopper and later)."""
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
+    """The TileLang JITKernel of one configuration. Raises whatever TileLang, nvcc or g++ raise."""
+    func = kernel.build(p, cfg)
+    if target == "cpu":
+        from tl_kernels.cpu import compile_cpu
+
+        return compile_cpu(func)
+    import tilelang
+
+    return tilelang.compile(func, target={"kind": "cuda", "arch": target}, pass_configs=kernel.pass_configs(cfg))
+
+
+class Launcher:
+    """One compiled configuration: takes the kernel's inputs, allocates its results, runs, and sums two-stage results.
+
+    The inputs must be contiguous, on the launcher's device type, and of the shapes and dtypes the kernel's spec names; callers check.
+    """
+
+    def __init__(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> None:
+        self.kernel, self.p, self.cfg, self.target = kernel, p, dict(cfg), target
+        self.jit = compile_kernel(kernel, p, cfg, target)
+        # bfloat16 is stored as float32 on the CPU target
+        self._as_float = target == "cpu" and p.dtype == "bfloat16"
+        self._call = self.jit if target == "cpu" else self.jit.adapter.executable
+        self._allocate = [self._plan(t) for t in kernel.outputs]
+        self._partial = any(t.partial for t in kernel.outputs)
+
+    def _plan(self, tensor):
+        lead = (self.cfg["splits"],) if tensor.partial else ()
+        dtype = getattr(torch, tensor.dtype_name(self.p))
+        stored = torch.float32 if self._as_float and dtype is torch.bfloat16 else dtype
+        return tensor, lead, stored, dtype
+
+    def empty_outputs(self, T: int, device: torch.device) -> list[torch.Tensor]:
+        """Result tensors as the program writes them: uninitialised, two-stage ones with their leading S."""
+        return [torch.empty(lead + t.shape(self.p, T), dtype=stored, device=device) for t, lead, stored, _ in self._allocate]
+
+    def __call__(self, *inputs: torch.Tensor, out: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+        """Run on ``inputs`` in the spec's order. ``out``: the result of :meth:`empty_outputs`, e.g. poisoned by a test."""
+        T = inputs[0].shape[0]
+        out = self.empty_outputs(T, inputs[0].device) if out is None else out
+        if T > 0:
+            if self._as_float:
+                inputs = tuple(t.float() if t.dtype is torch.bfloat16 else t for t in inputs)
+            if self.target == "cpu" or inputs[0].device.index == torch.cuda.current_device():
+                self._call(*inputs, *out)
+            else:
+                with torch.cuda.device(inputs[0].device):
+                    self._call(*inputs, *out)
+        elif self._partial:
+            out = [o.zero_() if t.partial else o for o, t in zip(out, self.kernel.outputs, strict=True)]
+        return self.finish(out)
+
+    def finish(self, out: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Second stage of two-stage results, and the rounding the CPU target owes."""
+        if not self._partial and not self._as_float:
+            return tuple(out)
+        results = []
+        for value, (tensor, _, _, dtype) in zip(out, self._allocate, strict=True):
+            results.append((value.sum(0) if tensor.partial else value).to(dtype))
+        return tuple(results)
+
+
+@functools.cache
+def _launcher(kernel: Kernel, p: Problem, cfg: tuple[tuple[str, Any], ...], target: str) -> Launcher:
+    return Launcher(kernel, p, dict(cfg), target)
+
+
+def get_launcher(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Launcher:
+    """The process-wide launcher of a configuration, compiled at the first call only."""
+    key = tuple(sorted(cfg.items()))
+    with _LOCK:  # two threads must not compile one kernel twice
+        return _launcher(kernel, p, key, target)

@@ -1,0 +1,61 @@
+"""The specification: naive PyTorch, in whatever precision its inputs have. Every kernel answers to this in float64.
+
+Shapes: x [T,n,C], f and u [T,C], phi [M,nC] (the paper's phi transposed, rows H_pre n, H_post n, H_res n*n as [source j, target i]),
+alpha [3], b [M], H_pre and H_post [T,n], H_res [T,n,n] with y[i] = sum_j H_res[i,j] x[j].
+"""
+
+import torch
+
+
+def project(x, phi, norm_eps=1e-6):
+    """Eq. 14-15: z = vec(x) phi and 1/r, r = ||vec(x)|| / sqrt(nC)."""
+    v = x.flatten(1)
+    rinv = torch.rsqrt(v.square().mean(-1) + norm_eps)
+    return v @ phi.T, rinv
+
+
+def activate(z, rinv, alpha, b, pre_eps=1e-6, post_mult=2.0):
+    """Eq. 16-18: h = alpha z/r + b; H_pre = sigmoid(h) + pre_eps, H_post = post_mult sigmoid(h), and the logits of H_res as [T,i,j]."""
+    n = streams(z.shape[-1])
+    # rows whose norm overflowed have 1/r = 0: their h is b, also where z overflowed with it
+    zr = torch.where(rinv[:, None] > 0, z * rinv[:, None], torch.zeros_like(z))
+    pre, post, res = zr.split([n, n, n * n], dim=-1)
+    b_pre, b_post, b_res = b.split([n, n, n * n])
+    H_pre = torch.sigmoid(alpha[0] * pre + b_pre) + pre_eps
+    H_post = post_mult * torch.sigmoid(alpha[1] * post + b_post)
+    h_res = (alpha[2] * res + b_res).unflatten(-1, (n, n)).transpose(1, 2)
+    return H_pre, H_post, h_res.contiguous()
+
+
+def sinkhorn(h_res, iters=20, eps=1e-6, order="columns_first"):
+    """Eq. 19 and 9: M0 = exp(h_res), then ``iters`` times M = T_r(T_c(M)); the first T_c is a softmax, so no logit overflows."""
+    first, second = {"columns_first": (1, 2), "rows_first": (2, 1)}[order]
+    m = torch.softmax(h_res, dim=first) + eps
+    m = m / (m.sum(second, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        m = m / (m.sum(first, keepdim=True) + eps)
+        m = m / (m.sum(second, keepdim=True) + eps)
+    return m
+
+
+def pre(x, H_pre):
+    """F_pre: u = sum_j H_pre[j] x[j]."""
+    return torch.einsum("tj,tjc->tc", H_pre, x)
+
+
+def post_res(x, f, H_post, H_res):
+    """F_post and F_res: y[i] = sum_j H_res[i,j] x[j] + H_post[i] f."""
+    return torch.einsum("tij,tjc->tic", H_res, x) + H_post[:, :, None] * f[:, None, :]
+
+
+def streams(M):
+    """n from M = n*n + 2*n."""
+    return round((M + 1) ** 0.5) - 1
+
+
+def vjp(forward, inputs, grads, **options):
+    """Gradients of ``forward(*inputs)`` for the output gradients ``grads``: the reference of every backward kernel."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    with torch.enable_grad():
+        out = forward(*inputs, **options)
+        return torch.autograd.grad(out, inputs, grads)

@@ -1,0 +1,132 @@
+"""What a kernel is, as data: its tensors, its search space and constraints, its default, the bytes it must move.
+
+Shape legend, used in every file of this package:
+T tokens (dynamic), n streams, C channels, M = n*n + 2*n coefficients a token, K = n*C, S token splits of a two-stage reduction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+STREAM_DTYPES = ("bfloat16", "float16", "float32")
+MAX_N = 8
+Config = Mapping[str, Any]
+
+#: Largest dynamic shared memory a block may ask for, per compute capability (CUDA C++ Programming Guide, table of limits).
+SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static part of one kernel instance: everything but T.
+
+    ``options`` are the scalars baked into the program (``norm_eps``, ``iters``, ...), as a sorted tuple so that a Problem is hashable.
+    """
+
+    n: int
+    C: int
+    dtype: str = "bfloat16"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= MAX_N:
+            raise ValueError(f"n: got {self.n}, wanted 1..{MAX_N} streams")
+        if self.C < 1:
+            raise ValueError(f"C: got {self.C}, wanted at least 1 channel")
+        if self.dtype not in STREAM_DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, wanted one of {', '.join(STREAM_DTYPES)}")
+
+    @property
+    def M(self) -> int:
+        return self.n * self.n + 2 * self.n
+
+    @property
+    def K(self) -> int:
+        return self.n * self.C
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    def option(self, name: str) -> Any:
+        return dict(self.options)[name]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One argument or result. ``dims`` name sizes (``"T n C"``); ``dtype`` is ``"stream"`` (the problem's) or a torch dtype name.
+
+    ``partial`` marks a result the program writes once per token split, as ``[S, *dims]``; the launch sums dimension 0 afterwards, in a
+    fixed order, so that it is bitwise repeatable.
+    """
+
+    name: str
+    dims: str
+    dtype: str = "float32"
+    partial: bool = False
+
+    def shape(self, p: Problem, T: int) -> tuple[int, ...]:
+        sizes = {"T": T, "n": p.n, "C": p.C, "M": p.M, "K": p.K}
+        return tuple(sizes[d] if d in sizes else int(d) for d in self.dims.split())
+
+    def dtype_name(self, p: Problem) -> str:
+        return p.dtype if self.dtype == "stream" else self.dtype
+
+    def nbytes(self, p: Problem, T: int) -> int:
+        size = p.itemsize if self.dtype == "stream" else 4
+        for d in self.shape(p, T):
+            size *= d
+        return size
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One TileLang program and all that the layers above need to know about it."""
+
+    name: str
+    build: Callable[[Problem, Config], Any]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    space: Callable[[Problem], dict[str, tuple[Any, ...]]]
+    default: Callable[[Problem], dict[str, Any]]
+    #: Why a configuration cannot work, or None. Cheap: no tracing.
+    invalid: Callable[[Problem, Config], str | None]
+    #: fp64 answer: ``reference(problem, *inputs) -> outputs``, in the order of ``outputs``.
+    reference: Callable[..., tuple[Any, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pass_configs: Callable[[Config], dict[str, Any]] = lambda config: {}
+    #: Knobs that mean nothing on the CPU target and stay at their default there.
+    gpu_only: tuple[str, ...] = ("threads",)
+
+    def problem(self, n: int, C: int, dtype: str = "bfloat16", **options: Any) -> Problem:
+        """The Problem of this kernel, with its own options filled in and unknown ones refused."""
+        unknown = set(options) - set(self.options)
+        if unknown:
+            raise TypeError(f"{self.name}: unknown option {', '.join(sorted(unknown))}; it has {', '.join(self.options) or 'none'}")
+        return Problem(n, C, dtype, tuple(sorted({**self.options, **options}.items())))
+
+    def bytes_moved(self, p: Problem, T: int) -> int:
+        """Floor in bytes: every input read once, every result written once."""
+        return sum(t.nbytes(p, T) for t in (*self.inputs, *self.outputs))
+
+    @cached_property
+    def source_hash(self) -> str:
+        """Changes when the file that holds the program, or the helpers every program shares, changes."""
+        from tl_kernels import tiles
+
+        text = inspect.getsource(inspect.getmodule(self.build)) + inspect.getsource(tiles)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def vector_width(p: Problem) -> int:
+    """Stream elements in one 16-byte access."""
+    return 16 // p.itemsize
+
+
+def ceildiv(a: int, b: int) -> int:
+    return -(-a // b)
