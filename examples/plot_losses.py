@@ -1,0 +1,72 @@
+"""Draw the losses.json of train_lm.py again: ``python examples/plot_losses.py FOLDER/losses.json [PICTURE.png]``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LOOK = {
+    "plain": ("plain residual", "#555555"),
+    "hc": ("HC, unconstrained", "#d1691e"),
+    "mhc": ("mHC, this project", "#1f5fbf"),
+}
+
+
+def smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average without the bias towards its start."""
+    average, weight, out = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(average / weight)
+    return out
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Loss of every run above, gradient norm below, over the same steps. ``result``: what train_lm.py writes as JSON."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(3, 1), layout="constrained")
+    for run in result["runs"]:
+        label, color = LOOK[run["residual"]]
+        steps = range(1, len(run["loss"]) + 1)
+        val = f", validation {run['val'][-1][1]:.3f}" if run["val"] else ""
+        top.plot(steps, run["loss"], color=color, alpha=0.2, linewidth=0.8)
+        top.plot(steps, smooth(run["loss"]), color=color, linewidth=1.8, label=f"{label}{val}, {run['median_step_ms']:.1f} ms/step")
+        if run["val"]:
+            top.plot(*zip(*run["val"], strict=True), linestyle="none", marker="o", markersize=4, markerfacecolor="white", color=color)
+        bottom.plot(steps, run["grad_norm"], color=color, linewidth=1.0)
+    options = result["options"]
+    shape = f"{options['layers']} layers, C = {options['dim']}, n = {options['n']}, {options['batch']} x {options['seq']} bytes a step"
+    top.set_title(
+        f"Byte-level GPT on Python's standard library\n{result['hardware']}, {result['stream_dtype']} streams, {shape}", fontsize=10
+    )
+    top.set_ylabel("cross-entropy (nats per byte)")
+    top.legend(title="line: training, smoothed (raw: faint); circles: validation", title_fontsize=8, fontsize=9, frameon=False)
+    bottom.set_ylabel("gradient norm\nbefore clipping")
+    bottom.set_yscale("log")
+    bottom.set_xlabel("step")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    if not argv:
+        print(__doc__, file=sys.stderr)
+        return 2
+    source = Path(argv[0])
+    target = Path(argv[1]) if len(argv) > 1 else source.with_suffix(".png")
+    plot(json.loads(source.read_text()), target)
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
