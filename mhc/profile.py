@@ -1,0 +1,373 @@
+"""Which configuration a kernel runs with: found in a tuned profile, or the kernel's default, and never silently the wrong one.
+
+A profile is looked for in this order, per device:
+
+1. the one given to :func:`load_profile`;
+2. the one named by the environment variable ``MHC_PROFILE`` (a path, a packaged name, or ``none`` for defaults only);
+3. the packaged one named after the device (:func:`profile_name`).
+
+What is not as it should be is said once, by a warning of the logger ``mhc``:
+
+* tuned on another GPU: used only where ``load_profile`` asked for it and the architecture is the same, else the next source serves;
+* tuned on another board of the same name (``H100 PCIe`` and ``H100 80GB HBM3``): used;
+* tuned for another version of a kernel (``source_hash``): those entries are not used;
+* tuned at other shapes: the nearest entry that is valid for this shape is used, else the kernel's default;
+* no profile for this GPU: defaults.
+
+A file asked for by name or path that is malformed raises :class:`ProfileError`; a malformed packaged one found by device name is reported,
+and defaults serve. The CPU never gets an entry tuned on CUDA, nor the reverse.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import platform
+import re
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from mhc.schema import Entry, Profile
+from mhc.yamlfile import YAMLFileError, first_complaint, read_yaml
+from tl_kernels import KERNELS
+from tl_kernels.launch import device_arch
+from tl_kernels.spec import Kernel, Problem
+
+log = logging.getLogger("mhc")
+
+_HEADER = """\
+# Tuned mHC kernel configurations, written by mhc-tune. Times in us, rates in GB/s, shares of copy bandwidth; fields: mhc/schema.py.
+# A config edited by hand is used as it stands, but its times are then no longer true.
+"""
+WORKLOADS = "workloads"  # the one file in packaged_dir() that is no profile
+
+
+class ProfileError(YAMLFileError):
+    """What is wrong with a profile, on one line naming the file and the field."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a kernel is to run with. ``config`` belongs to a cache: do not change it.
+
+    ``origin``: ``"exact"`` (tuned at this n, C and dtype and within twice this T), ``"nearest"`` (tuned at another shape) or ``"default"``.
+    """
+
+    config: dict[str, Any]
+    impl: Literal["tilelang", "reference"]
+    origin: Literal["exact", "nearest", "default"]
+
+
+def choose(kernel: str, p: Problem, T: int, device: torch.device) -> Choice:
+    """The configuration for one kernel, problem, token count and device; after the first time, one dictionary access.
+
+    T counts as the nearest power of two, so that the cache stays small whatever token counts a run sees.
+    Raises KeyError for an unknown kernel and :class:`ProfileError` for a malformed profile that was asked for.
+    """
+    if device.index is None and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = (kernel, p, (T * T).bit_length() >> 1, device)
+    found = _STATE.choices.get(key)
+    if found is None:
+        with _STATE.lock:
+            # not under a stale dictionary: load_profile replaces it under the same lock
+            found = _STATE.choices[key] = _choose(kernel, p, 1 << key[2], device)
+    return found
+
+
+def load_profile(path_or_name: str | Path) -> Profile:
+    """Read a profile (``"h100"``, ``"out/h100.yaml"``) and use it from now on, in this process, instead of any other.
+
+    Raises :class:`ProfileError` on one line that names the file and the field.
+    """
+    path = _find(path_or_name)
+    profile = _read(path)
+    with _STATE.lock:
+        _STATE.forget()
+        _STATE.loaded = _Source(profile, str(path), "load_profile")
+    return profile
+
+
+def read_profile(path_or_name: str | Path) -> Profile:
+    """As :func:`load_profile`, without using it."""
+    return _read(_find(path_or_name))
+
+
+def reset() -> None:
+    """Forget the loaded profile, every choice made and every report given; ``MHC_PROFILE`` is read again."""
+    with _STATE.lock:
+        _STATE.forget()
+        _STATE.loaded = None
+
+
+def active_profile(device: torch.device) -> Profile | None:
+    """The profile that serves ``device``, or None where defaults do."""
+    with _STATE.lock:
+        source = _source(device)
+    return source.profile if source else None
+
+
+def save_profile(profile: Profile, path: str | Path) -> None:
+    """Write ``profile`` as YAML so that a reader sees either the old file or the whole new one. Raises :class:`ProfileError`."""
+    path = Path(os.path.realpath(path))
+    text = _HEADER + yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=140, allow_unicode=True)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private, a profile is shared
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as e:
+        raise ProfileError(path, f"cannot be written: {e.strerror or e}") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def packaged_dir() -> Path:
+    """The folder of the packaged profiles and workloads: ``mhc/configs`` in a wheel, ``configs/`` in a source tree."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parent / "configs"
+
+
+def packaged_names() -> list[str]:
+    """Names that :func:`load_profile` takes, sorted."""
+    return sorted(p.stem for p in packaged_dir().glob("*.yaml") if p.stem != WORKLOADS)
+
+
+# Words of a device name that say who made it or how it is mounted, not which chip it is.
+_NOISE = re.compile(r"nvidia|geforce|tesla|quadro|graphics|gpu|generation|workstation|server|edition|\d+gb|hbm\w*|sxm\d*|pcie|nvl|mig|\d+g")
+_CPU = re.compile(r"\bcpu\b|xeon|epyc|ryzen|threadripper|\bcore\b|\(r\)|x86|amd64|i[3-6]86|aarch64|\barm|cortex|neoverse|graviton|apple|power\d")
+
+
+def profile_name(device_name: str) -> str:
+    """The name of the profile of a device: ``NVIDIA H100 80GB HBM3`` -> ``h100``, ``NVIDIA GeForce RTX 4090`` -> ``rtx-4090``; any CPU
+    -> ``cpu``."""
+    name = device_name.lower()
+    if not name.strip() or _CPU.search(name):
+        return "cpu"
+    words = [w for w in re.split(r"[^a-z0-9]+", name) if w and not _NOISE.fullmatch(w)]
+    return "-".join(words) or "unknown"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name as the driver gives it, or the CPU's model name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+
+
+@functools.cache
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                if line.lower().startswith("model name") and ":" in line:
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "cpu"
+
+
+@dataclass(frozen=True)
+class _Source:
+    profile: Profile
+    path: str
+    how: Literal["load_profile", "MHC_PROFILE", "packaged"]
+
+
+@dataclass
+class _State:
+    loaded: _Source | None = None
+    choices: dict[tuple[str, Problem, int, torch.device], Choice] = field(default_factory=dict)
+    sources: dict[torch.device, _Source | None] = field(default_factory=dict)
+    fresh: dict[str, list[Entry]] = field(default_factory=dict)
+    said: set[tuple[Any, ...]] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def forget(self) -> None:
+        self.choices, self.sources, self.fresh, self.said = {}, {}, {}, set()
+
+
+_STATE = _State()
+
+
+def _new_lock() -> None:
+    _STATE.lock = threading.RLock()
+
+
+# A child forked while another thread held the lock would wait for ever.
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def _say(level: int, *key: Any, message: str) -> None:
+    if key not in _STATE.said:
+        _STATE.said.add(key)
+        log.log(level, "%s", message)
+
+
+def _find(path_or_name: str | Path) -> Path:
+    if isinstance(path_or_name, Path) or os.sep in path_or_name or path_or_name.endswith((".yaml", ".yml")):
+        return Path(path_or_name)
+    if path_or_name not in packaged_names():
+        names = ", ".join(packaged_names()) or "none"
+        raise ProfileError(path_or_name, f"no packaged profile has this name, wanted a path to a YAML file or one of: {names}")
+    return packaged_dir() / f"{path_or_name}.yaml"
+
+
+def _read(path: Path) -> Profile:
+    try:
+        data = read_yaml(path)
+    except YAMLFileError as e:
+        raise ProfileError(e.path, e.message) from None
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as e:
+        raise ProfileError(path, first_complaint(e)) from None
+
+
+def _source(device: torch.device) -> _Source | None:
+    if device not in _STATE.sources:
+        _STATE.sources[device] = _look_for_source(device)
+    return _STATE.sources[device]
+
+
+def _look_for_source(device: torch.device) -> _Source | None:
+    if _STATE.loaded and _fits(_STATE.loaded, device):
+        return _STATE.loaded
+    wanted = os.environ.get("MHC_PROFILE", "")
+    if wanted.lower() == "none":
+        return None
+    if wanted:
+        try:
+            path = _find(wanted)
+            source = _Source(_read(path), str(path), "MHC_PROFILE")
+        except ProfileError as e:
+            raise ProfileError("MHC_PROFILE", str(e)) from None
+        if _fits(source, device):
+            return source
+    gpu = device_name(device)
+    name = "cpu" if device.type == "cpu" else profile_name(gpu)
+    if name not in packaged_names():
+        level = logging.INFO if device.type == "cpu" else logging.WARNING
+        _say(level, "none", name, message=f"no tuned profile for {gpu}; kernels run with defaults; to tune: mhc-tune --gpu {name}")
+        return None
+    path = packaged_dir() / f"{name}.yaml"
+    try:
+        source = _Source(_read(path), str(path), "packaged")
+    except ProfileError as e:
+        _say(logging.WARNING, "malformed", path, message=f"{e}; kernels run with defaults; to tune again: mhc-tune --gpu {name}")
+        return None
+    return source if _fits(source, device) else None
+
+
+def _fits(source: _Source, device: torch.device) -> bool:
+    """Whether the entries of a profile may serve a device; says so where they may not, or only just."""
+    where, gpu, arch = source.profile.provenance, device_name(device), device_arch(device)
+    if where.gpu == gpu and where.arch == arch:
+        return True
+    name = "cpu" if arch == "cpu" else profile_name(gpu)
+    if arch == "cpu" == where.arch:
+        _say(logging.INFO, source.path, gpu, message=f"{source.path} was tuned on {where.gpu}; this CPU is {gpu}")
+        return True
+    same_chip = where.arch == arch and profile_name(where.gpu) == name
+    used = same_chip or (source.how == "load_profile" and where.arch == arch)
+    verdict = "its entries are used all the same" if used else "it is not used"
+    message = f"{source.path} was tuned on {where.gpu} ({where.arch}), this is {gpu} ({arch}); {verdict}; to tune: mhc-tune --gpu {name}"
+    _say(logging.WARNING, source.path, gpu, message=message)
+    return used
+
+
+def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choice:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {device}, wanted cpu or cuda")
+    kernel = KERNELS[kernel_name]
+    default = Choice(dict(kernel.default(p)), "tilelang", "default")
+    source = _source(device)
+    entries = _fresh_entries(source, kernel, device) if source else []
+    if not source or not entries:
+        return default
+    has_C, has_dtype = _depends_on(kernel)
+
+    def distance(e: Entry) -> tuple[float, ...]:
+        far_C = abs(math.log(e.C / p.C)) if has_C else 0.0
+        return (abs(e.n - p.n), far_C, has_dtype and e.dtype != p.dtype, abs(math.log(e.tokens / T)), -e.tokens)
+
+    refused = ""
+    for e in sorted((e for e in entries if not has_dtype or _wide(e.dtype) == _wide(p.dtype)), key=distance):
+        reason = None if e.impl == "reference" else _reason_against(kernel, p, e.config, default.config)
+        if reason:
+            refused = refused or f"{_shape(e)}: {reason}"
+            continue
+        off_n, off_C, off_dtype, off_T, _ = distance(e)
+        origin: Literal["exact", "nearest"] = "nearest" if off_n or off_C or off_dtype or off_T > math.log(2.001) else "exact"
+        log.debug("%s %s T~%d on %s: %s (%s, %s)", kernel.name, p, T, device, e.config, origin, e.impl)
+        if refused or origin == "nearest":
+            _report_shape(source, kernel, p, T, device, f"served by {_shape(e)}", refused)
+        return Choice(dict(e.config), e.impl, origin)
+    _report_shape(source, kernel, p, T, device, "served by the default configuration", refused)
+    return default
+
+
+def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> list[Entry]:
+    """The entries of one kernel that were tuned for its present source."""
+    key = f"{kernel.name}@{source.path}"
+    if key not in _STATE.fresh:
+        every = [e for e in source.profile.entries if e.kernel == kernel.name]
+        fresh = [e for e in every if e.source_hash == kernel.source_hash]
+        gpu = profile_name(source.profile.provenance.gpu) if device.type == "cuda" else "cpu"
+        run = f"mhc-tune --gpu {gpu} --kernels {kernel.name}"
+        if len(fresh) < len(every):
+            count = "all" if not fresh else f"{len(every) - len(fresh)} of {len(every)}"
+            message = f"{kernel.name}: {count} entries of {source.path} were tuned for another version of the kernel; not used; run: {run}"
+            _say(logging.WARNING, "stale", key, message=message)
+        elif not every:
+            _say(logging.WARNING, "absent", key, message=f"{kernel.name}: not in {source.path}; it runs with defaults; run: {run}")
+        _STATE.fresh[key] = fresh
+    return _STATE.fresh[key]
+
+
+def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: torch.device, served: str, refused: str) -> None:
+    # Once per shape, not once per kernel and T: ten kernels would say the same ten times.
+    shape = f"n={p.n}, C={p.C}, {p.dtype}"
+    message = f"{source.path} was not tuned at {shape}, T~{T}: {kernel.name} is {served}"
+    if refused:  # the kernel is named: another one may well accept the same entry
+        _say(logging.WARNING, "refused", source.path, kernel.name, shape, message=f"{message}; not by {refused}")
+    else:
+        _say(logging.WARNING, "shape", source.path, shape, message=f"{message}, other kernels likewise (said once per shape)")
+
+
+def _reason_against(kernel: Kernel, p: Problem, config: dict[str, Any], default: dict[str, Any]) -> str | None:
+    if set(config) != set(default):
+        return f"its config has {', '.join(sorted(config)) or 'nothing'}, wanted {', '.join(sorted(default)) or 'nothing'}"
+    try:
+        return kernel.invalid(p, config)
+    except (TypeError, ValueError, ArithmeticError) as e:  # a knob of the wrong type or a zero, edited by hand
+        return f"its config {config} is malformed: {e}"
+
+
+def _depends_on(kernel: Kernel) -> tuple[bool, bool]:
+    """Whether any tensor of the kernel has C in its shape, and whether any has the streams' dtype."""
+    tensors = (*kernel.inputs, *kernel.outputs)
+    return any({"C", "K"} & set(t.dims.split()) for t in tensors), any(t.dtype == "stream" for t in tensors)
+
+
+def _wide(dtype: str) -> bool:
+    return dtype == "float32"
+
+
+def _shape(e: Entry) -> str:
+    return f"the entry n={e.n}, C={e.C}, {e.dtype}, tokens={e.tokens}"

@@ -1,0 +1,106 @@
+"""What a profile holds: for every kernel and shape the configuration that won, and how it earned its place.
+
+Written by ``mhc-tune``, read by :mod:`mhc.profile`. Times are microseconds, rates GB/s (1e9 bytes), shares are of copy bandwidth.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from tl_kernels.spec import MAX_N, STREAM_DTYPES
+
+SCHEMA_VERSION = 1
+
+
+def _dtype(value: str) -> str:
+    if value not in STREAM_DTYPES:
+        raise ValueError(f"wanted one of {', '.join(STREAM_DTYPES)}")
+    return value
+
+
+def _knob(value: Any) -> int | str | bool:
+    # Not a plain union: its error would name three types and its path would grow by one of them.
+    if not isinstance(value, int | str | bool):
+        raise ValueError("wanted an integer, a string or a boolean")  # noqa: TRY004  (pydantic collects ValueError)
+    return value
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    if not numbers or len(value) != 2 or not 0 <= value[0] <= value[1] < float("inf"):
+        raise ValueError("wanted [low, high] in microseconds, low <= high")
+    return (float(value[0]), float(value[1]))
+
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Knob = Annotated[int | str | bool, PlainValidator(_knob)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Entry(_Strict):
+    """One kernel at one shape."""
+
+    kernel: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", description="name in tl_kernels.KERNELS")]
+    n: Annotated[int, Field(ge=1, le=MAX_N, description="streams")]
+    C: Annotated[int, Field(ge=1, description="channels")]
+    dtype: Annotated[str, AfterValidator(_dtype), Field(description="of the streams, a torch dtype name")]
+    tokens: Annotated[int, Field(ge=1, description="T of the bucket this was tuned at")]
+    impl: Annotated[Literal["tilelang", "reference"], Field(description="'reference': PyTorch was faster (CPU target)")] = "tilelang"
+    config: Annotated[dict[str, Knob], Field(description="knobs of the kernel's search space")]
+    time_us: Positive
+    time_ci_us: Annotated[tuple[float, float], PlainValidator(_interval), Field(description="confidence interval of time_us")]
+    gbps: Annotated[NotNegative, Field(description="the kernel's floor bytes / time_us")]
+    copy_share: Annotated[NotNegative, Field(description="gbps / provenance.copy_gbps")]
+    default_us: Annotated[Positive, Field(description="time of the kernel's default configuration, same run")]
+    runner_up_us: Positive | None = None
+    verdict: Annotated[Literal["win", "tie", "default"], Field(description="a tie ships the default")]
+    error: Annotated[dict[str, NotNegative], Field(description="relative error of each output against the fp64 reference")]
+    source_hash: Annotated[Text, Field(description="Kernel.source_hash when this was tuned")]
+
+    @property
+    def key(self) -> tuple[str, int, int, str, int]:
+        """What an entry is looked up by; unique in a profile."""
+        return (self.kernel, self.n, self.C, self.dtype, self.tokens)
+
+
+class Provenance(_Strict):
+    """Where, with what and when a profile was tuned."""
+
+    gpu: Annotated[Text, Field(description="device name, or the CPU's model name")]
+    arch: Annotated[str, Field(pattern=r"^(cpu|sm_\d+[a-z]?)$", description="'cpu' or a CUDA architecture, 'sm_90a'")]
+    sm_count: Annotated[int, Field(ge=1)] | None = None
+    power_limit_w: Positive | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    torch: Text
+    tilelang: Text
+    copy_gbps: Annotated[Positive, Field(description="copy bandwidth measured in the same run")]
+    seed: int
+    trials: Annotated[int, Field(ge=0)]
+    date: Text
+    commit: str | None = None
+    command: Text
+
+
+class Profile(_Strict):
+    """Everything tuned on one kind of device."""
+
+    schema_version: Literal[1]
+    provenance: Provenance
+    entries: list[Entry]
+
+    @model_validator(mode="after")
+    def _keys_are_unique(self) -> Profile:
+        seen: dict[tuple[str, int, int, str, int], int] = {}
+        for i, entry in enumerate(self.entries):
+            if entry.key in seen:
+                raise ValueError(f"entries[{i}] repeats entries[{seen[entry.key]}], wanted one entry per kernel, n, C, dtype and tokens")
+            seen[entry.key] = i
+        return self
