@@ -115,7 +115,7 @@ post_res = Kernel(
     outputs=(Tensor("y", "T n C", "stream"),),
     space=row_space,
     default=lambda p: row_default(p, block_C=640),
-    invalid=row_invalid,
+    invalid=lambda p, cfg: row_invalid(p, cfg, live=p.n + 1),
     reference=lambda *inputs: (reference.post_res(*inputs),),
 )
 
@@ -125,7 +125,7 @@ post_res_bwd = Kernel(
     inputs=(Tensor("dy", "T n C", "stream"), X, F, *COEFFICIENTS),
     outputs=(Tensor("dx", "T n C", "stream"), Tensor("df", "T C", "stream"), Tensor("dH_post", "T n"), Tensor("dH_res", "T n n")),
     space=lambda p: row_space(p, reduces=True),
-    default=lambda p: row_default(p, block_C=256),
-    invalid=lambda p, cfg: row_invalid(p, cfg, reduces=True),
+    default=lambda p: row_default(p, block_C=256, reduces=True),
+    invalid=lambda p, cfg: row_invalid(p, cfg, reduces=True, live=p.n * p.n + 3 * p.n + 2),
     reference=lambda dy, *inputs: reference.vjp(reference.post_res, inputs, dy),
 )

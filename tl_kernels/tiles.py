@@ -18,13 +18,15 @@ def row_space(p, reduces=False, largest=4096):
     return {"block_C": tuple(sorted(blocks)), "threads": tuple(t for t in THREADS if not reduces or t & (t - 1) == 0)}
 
 
-def row_default(p, block_C, threads=None):
-    """The largest block of the space that is at most ``block_C`` and divides C (else the nearest power of two), one vector a thread."""
+def row_default(p, block_C, reduces=False):
+    """The largest block of at most ``block_C`` that wastes little of its last copy, with one 16-byte vector a thread."""
     vec = vector_width(p)
-    fits = [b for b in row_space(p)["block_C"] if b <= block_C]
-    even = [b for b in fits if p.C % b == 0]
-    block = (even or fits or [32 * vec])[-1]
-    return {"block_C": block, "threads": threads or max(32, min(256, block // vec))}
+    blocks = [b for b in row_space(p)["block_C"] if row_min(p) <= b <= block_C]
+    if reduces:  # a power of two of threads
+        blocks = [b for b in blocks if b & (b - 1) == 0]
+    frugal = [b for b in blocks if ceildiv(p.C, b) * b <= 1.07 * p.C]
+    block = (frugal or [row_min(p)])[-1]
+    return {"block_C": block, "threads": block // vec}
 
 
 def row_invalid(p, cfg, reduces=False, live=0):
