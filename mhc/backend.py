@@ -1,0 +1,117 @@
+"""Which implementation serves an operator: the TileLang program or the PyTorch reference.
+
+``MHC_BACKEND`` sets it for the process and :func:`use_backend` for a block of code:
+
+- ``auto`` (default): TileLang on CUDA; on the CPU TileLang where a C++ compiler is installed and the profile does not say that the
+  reference is faster, else the reference.
+- ``tilelang``: TileLang always; an error where it cannot run.
+- ``reference``: the PyTorch reference always.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tl_kernels import reference
+
+logger = logging.getLogger("mhc")
+
+BACKENDS = ("auto", "tilelang", "reference")
+
+
+def _validated(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, wanted one of {', '.join(BACKENDS)}")
+    return name
+
+
+_current = _validated(os.environ.get("MHC_BACKEND", "auto"), "MHC_BACKEND")
+
+
+def current() -> str:
+    """The backend asked for: ``auto``, ``tilelang`` or ``reference``."""
+    return _current
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend (``auto``, ``tilelang``, ``reference``) inside a ``with`` block, backward passes that run in it included.
+
+    Holds for the whole process, not for one thread: autograd runs backwards in threads of its own. Raises ValueError.
+    """
+    global _current
+    before, _current = _current, _validated(name, "use_backend")
+    try:
+        yield
+    finally:
+        _current = before
+
+
+@functools.cache
+def _cpu_target() -> bool:
+    """Whether the TileLang CPU target works here; says once why not."""
+    try:
+        from tl_kernels.cpu import available
+    except ImportError as error:
+        logger.warning("TileLang cannot be imported (%s): the PyTorch reference serves on the CPU", error)
+        return False
+    if not available():
+        logger.warning("no C++ compiler on PATH: the PyTorch reference serves on the CPU; install g++ for the TileLang kernels")
+        return False
+    return True
+
+
+def serves_tilelang(mode: str, device: torch.device) -> bool:
+    """Whether TileLang is the candidate for ``device`` under backend ``mode``."""
+    return mode == "tilelang" or (mode == "auto" and (device.type == "cuda" or _cpu_target()))
+
+
+def _project_bwd(
+    dz: torch.Tensor, drinv: torch.Tensor, x: torch.Tensor, phi: torch.Tensor, rinv: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # by hand: rinv carries norm_eps, which this operator is not given
+    v = x.flatten(1)
+    dv = dz @ phi - (drinv * rinv**3)[:, None] * v / phi.shape[1]
+    return dv.view_as(x), dz.T @ v
+
+
+def _vjp(name: str, grads: int) -> Callable[..., Any]:
+    return lambda *args, **options: reference.vjp(getattr(reference, name), args[grads:], args[:grads], **options)
+
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "project": reference.project,
+    "project_bwd": _project_bwd,
+    "activate": reference.activate,
+    "activate_bwd": _vjp("activate", 3),
+    "sinkhorn": reference.sinkhorn,
+    "sinkhorn_bwd": _vjp("sinkhorn", 1),
+    "pre": reference.pre,
+    "pre_bwd": _vjp("pre", 1),
+    "post_res": reference.post_res,
+    "post_res_bwd": _vjp("post_res", 1),
+}
+
+
+@contextmanager
+def _autograd_reachable() -> Iterator[None]:
+    # an operator's implementation runs below autograd; the reference's backwards differentiate their forward, so they need it back
+    include = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def run_reference(name: str, args: tuple[torch.Tensor, ...], options: dict[str, Any], dtypes: list[torch.dtype]) -> tuple[torch.Tensor, ...]:
+    """The reference at float32, whatever the streams are; each result rounded once, to its entry of ``dtypes``."""
+    device = args[0].device.type
+    with _autograd_reachable(), torch.autocast(device, enabled=False):
+        out = _REFERENCE[name](*(t.detach().float() for t in args), **options)
+    out = out if isinstance(out, tuple) else (out,)
+    return tuple(t.detach().to(dtype).contiguous() for t, dtype in zip(out, dtypes, strict=True))

@@ -1,0 +1,58 @@
+"""Converters between checkpoints that mean the same mathematics and store it differently. Each is explicit; none is applied by itself.
+
+Shapes: fn [M, n*dim], base [M], scale [3], rows H_pre [n], H_post [n], H_res [n*n]; M = n*n + 2*n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+def _entry(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in state:
+        raise ValueError(f"state: has no {name!r} among {', '.join(state) or 'nothing'}")
+    return state[name]
+
+
+def transpose_residual(state: Mapping[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
+    """Exchange source and target in the H_res rows of ``fn`` and ``base``: for checkpoints that apply comb untransposed.
+
+    Ours (and DeepSeek-V4's) row 2n + j*n + i weighs source j in target i; theirs row 2n + i*n + j does. The exchange is its own
+    inverse. The order of normalisation is not in the state: where such a checkpoint began with a softmax over the last dimension of its
+    comb, it normalised over sources, the rows of H_res, so build the module with ``order="rows_first"``.
+
+    Args:
+        state: has fn [M, n*dim] and base [M]; other entries are passed through.
+        n: streams.
+
+    Raises:
+        ValueError: an entry of another shape.
+    """
+    out = dict(state)
+    for name in ("fn", "base"):
+        value = _entry(state, name)
+        if value.shape[:1] != (n * n + 2 * n,):
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {n * n + 2 * n} rows for n={n}")
+        pre_post, res = value[: 2 * n], value[2 * n :]
+        swapped = res.unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)
+        out[name] = torch.cat([pre_post, swapped])
+    return out
+
+
+def fold_norm_weight(state: Mapping[str, torch.Tensor], weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Absorb the weight of an RMSNorm over vec(x) into ``fn``: phi' = phi diag(weight), since RMSNorm(v) = weight * v / r.
+
+    Args:
+        state: has fn [M, n*dim]; other entries are passed through.
+        weight: [n*dim], stream-major, or [dim] for one weight shared by the streams.
+
+    Raises:
+        ValueError: the weight has another shape.
+    """
+    fn = _entry(state, "fn")
+    if weight.dim() != 1 or weight.shape[0] < 1 or fn.shape[1] % weight.shape[0]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [{fn.shape[1]}] = [n*dim] or [dim]")
+    columns = weight.to(fn).repeat(fn.shape[1] // weight.shape[0])
+    return {**state, "fn": fn * columns}
