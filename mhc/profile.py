@@ -119,7 +119,9 @@ def active_profile(device: torch.device) -> Profile | None:
 def save_profile(profile: Profile, path: str | Path) -> None:
     """Write ``profile`` as YAML so that a reader sees either the old file or the whole new one. Raises :class:`ProfileError`."""
     path = Path(os.path.realpath(path))
-    text = _HEADER + yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=140, allow_unicode=True)
+    text = _HEADER + yaml.safe_dump(
+        profile.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=140, allow_unicode=True
+    )
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,9 @@ def packaged_names() -> list[str]:
 
 # Words of a device name that say who made it or how it is mounted, not which chip it is.
 _NOISE = re.compile(r"nvidia|geforce|tesla|quadro|graphics|gpu|generation|workstation|server|edition|\d+gb|hbm\w*|sxm\d*|pcie|nvl|mig|\d+g")
-_CPU = re.compile(r"\bcpu\b|xeon|epyc|ryzen|threadripper|\bcore\b|\(r\)|x86|amd64|i[3-6]86|aarch64|\barm|cortex|neoverse|graviton|apple|power\d")
+_CPU = re.compile(
+    r"\bcpu\b|xeon|epyc|ryzen|threadripper|\bcore\b|\(r\)|x86|amd64|i[3-6]86|aarch64|\barm|cortex|neoverse|graviton|apple|power\d"
+)
 
 
 def profile_name(device_name: str) -> str:

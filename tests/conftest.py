@@ -1,0 +1,47 @@
+"""What every test shares: the gpu marker, devices, poisoned memory and a comparison that names the tensor."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn; the test is skipped on the one that is not here."""
+    return torch.device(request.param)
+
+
+def poison(t: torch.Tensor) -> torch.Tensor:
+    """Fill with what no kernel should leave behind: NaN, or the largest integer. Returns ``t``."""
+    return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of ``expected``, in float64; absolute where ``expected`` is zero."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    norm = expected.norm().item()
+    return (actual - expected).norm().item() / (norm or 1.0)
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
+    """Fail, naming the tensor, where the relative Frobenius error exceeds ``rtol``, shapes differ or anything is NaN or infinite."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(expected.shape)}"
+    for which, t in (("actual", actual), ("expected", expected)):
+        bad = t.numel() - int(torch.isfinite(t).sum())
+        assert not bad, f"{name}: {bad} of {t.numel()} {which} values are NaN or infinite"
+    error = relative_error(actual, expected)
+    assert error <= rtol, f"{name}: relative error {error:.3e}, wanted at most {rtol:.1e}"
