@@ -54,6 +54,7 @@ class Launcher:
         self._call = self.jit if target == "cpu" else self.jit.adapter.executable
         self._allocate = [self._plan(t) for t in kernel.outputs]
         self._partial = any(t.partial for t in kernel.outputs)
+        self._flat = [i for i, t in enumerate((*kernel.inputs, *kernel.outputs)) if t.flat]
 
     def _plan(self, tensor):
         lead = (self.cfg["splits"],) if tensor.partial else ()
@@ -72,11 +73,14 @@ class Launcher:
         if T > 0:
             if self._as_float:
                 inputs = tuple(t.float() if t.dtype is torch.bfloat16 else t for t in inputs)
+            args = [*inputs, *out]
+            for i in self._flat:
+                args[i] = args[i].view(T, -1)
             if self.target == "cpu" or inputs[0].device.index == torch.cuda.current_device():
-                self._call(*inputs, *out)
+                self._call(*args)
             else:
                 with torch.cuda.device(inputs[0].device):
-                    self._call(*inputs, *out)
+                    self._call(*args)
         elif self._partial:
             out = [o.zero_() if t.partial else o for o, t in zip(out, self.kernel.outputs, strict=True)]
         return self.finish(out)

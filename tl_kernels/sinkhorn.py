@@ -13,18 +13,24 @@ from tl_kernels.spec import Kernel, Tensor
 ACC = "float32"
 
 
+def token_a_thread(bt, n):
+    """Each thread holds one token's matrix: sums over rows and columns then never leave it."""
+    return T.Fragment((bt, n, n), forward_thread_fn=lambda t, i, j: t, forward_index_fn=lambda t, i, j: i * n + j)
+
+
 def build_fwd(p, cfg):
-    n, bt = p.n, cfg["block_T"]
+    n, bt = p.n, cfg["threads"]
     iters, eps, rows_first = p.option("iters"), p.option("eps"), p.option("order") == "rows_first"
     T_ = T.dynamic("T")
 
     @T.prim_func
     def sinkhorn(h_res: T.Tensor((T_, n, n), ACC), H_res: T.Tensor((T_, n, n), ACC)):
-        with T.Kernel(T.ceildiv(T_, bt), threads=cfg["threads"]) as block:
+        with T.Kernel(T.ceildiv(T_, bt), threads=bt) as block:
             t0 = block * bt
             m = T.alloc_fragment((bt, n, n), ACC)
             col = T.alloc_fragment((bt, n), ACC)
             row = T.alloc_fragment((bt, n), ACC)
+            T.annotate_layout({m: token_a_thread(bt, n)})
             for t, i, j in T.Parallel(bt, n, n):
                 m[t, i, j] = T.if_then_else(t0 + t < T_, h_res[t0 + t, j, i] if rows_first else h_res[t0 + t, i, j], 0.0)
             # softmax over i, the first T_c
@@ -61,13 +67,13 @@ def build_fwd(p, cfg):
 
 
 def build_bwd(p, cfg):
-    n, bt = p.n, cfg["block_T"]
+    n, bt = p.n, cfg["threads"]
     iters, eps, rows_first = p.option("iters"), p.option("eps"), p.option("order") == "rows_first"
     T_ = T.dynamic("T")
 
     @T.prim_func
     def sinkhorn_bwd(dH_res: T.Tensor((T_, n, n), ACC), h_res: T.Tensor((T_, n, n), ACC), dh_res: T.Tensor((T_, n, n), ACC)):
-        with T.Kernel(T.ceildiv(T_, bt), threads=cfg["threads"]) as block:
+        with T.Kernel(T.ceildiv(T_, bt), threads=bt) as block:
             t0 = block * bt
             softmax = T.alloc_fragment((bt, n, n), ACC)
             m = T.alloc_fragment((bt, n, n), ACC)
@@ -79,6 +85,7 @@ def build_bwd(p, cfg):
             row_dot = T.alloc_fragment((bt, n), ACC)
             col_sums = T.alloc_shared((iters, bt, n), ACC)
             row_sums = T.alloc_shared((iters, bt, n), ACC)
+            T.annotate_layout({m: token_a_thread(bt, n)})
             for t, i, j in T.Parallel(bt, n, n):
                 m[t, i, j] = T.if_then_else(t0 + t < T_, h_res[t0 + t, j, i] if rows_first else h_res[t0 + t, i, j], 0.0)
             for t, i, j in T.Parallel(bt, n, n):
@@ -146,26 +153,17 @@ def build_bwd(p, cfg):
 
 
 def _invalid(p, cfg):
-    if cfg["threads"] & (cfg["threads"] - 1):
-        return f"threads={cfg['threads']}: a reduction over threads needs a power of two"
-    if cfg["block_T"] * p.n * p.n < cfg["threads"]:
-        return f"block_T={cfg['block_T']}: fewer matrix entries than {cfg['threads']} threads"
-    if cfg["block_T"] * p.n * p.n // cfg["threads"] > 64:
-        return f"block_T={cfg['block_T']}, threads={cfg['threads']}: the matrices would spill"
-    return None
+    return None if cfg["threads"] in SPACE["threads"] else f"threads={cfg['threads']}: wanted one of {SPACE['threads']}"
 
 
 def _invalid_bwd(p, cfg):
-    kib = 2 * p.option("iters") * cfg["block_T"] * p.n * 4 / 1024
-    if kib > 160:
-        return f"block_T={cfg['block_T']}: {kib:.0f} KiB of shared memory for the sums, wanted at most 160"
+    kib = 2 * p.option("iters") * cfg["threads"] * p.n * 4 / 1024
+    if kib > 96:  # what every target from sm_80 on has
+        return f"threads={cfg['threads']}: {kib:.0f} KiB of shared memory for the sums, wanted at most 96"
     return _invalid(p, cfg)
 
 
-def _default(p):
-    return {"block_T": 32, "threads": 32 if p.n <= 6 else 64}
-
-
+SPACE = {"threads": (32, 64, 96, 128, 256)}
 OPTIONS = {"iters": 20, "eps": 1e-6, "order": "columns_first"}
 
 sinkhorn = Kernel(
@@ -173,8 +171,8 @@ sinkhorn = Kernel(
     build=build_fwd,
     inputs=(Tensor("h_res", "T n n"),),
     outputs=(Tensor("H_res", "T n n"),),
-    space=lambda p: {"block_T": (8, 16, 32, 64, 128), "threads": (32, 64, 128, 256)},
-    default=_default,
+    space=lambda p: SPACE,
+    default=lambda p: {"threads": 32},
     invalid=_invalid,
     reference=lambda h_res, **options: (reference.sinkhorn(h_res, **options),),
     options=OPTIONS,
@@ -185,8 +183,8 @@ sinkhorn_bwd = Kernel(
     build=build_bwd,
     inputs=(Tensor("dH_res", "T n n"), Tensor("h_res", "T n n")),
     outputs=(Tensor("dh_res", "T n n"),),
-    space=lambda p: {"block_T": (8, 16, 32, 64, 128), "threads": (32, 64, 128, 256)},
-    default=_default,
+    space=lambda p: SPACE,
+    default=lambda p: {"threads": 32},
     invalid=_invalid_bwd,
     reference=lambda dH_res, h_res, **options: reference.vjp(reference.sinkhorn, (h_res,), dH_res, **options),
     options=OPTIONS,

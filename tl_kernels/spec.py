@@ -69,6 +69,8 @@ class Tensor:
     dims: str
     dtype: str = "float32"
     partial: bool = False
+    #: The program declares ``[T, K]`` for these ``[T, n, C]``; the launcher passes a view.
+    flat: bool = False
 
     def shape(self, p: Problem, T: int) -> tuple[int, ...]:
         sizes = {"T": T, "n": p.n, "C": p.C, "M": p.M, "K": p.K}

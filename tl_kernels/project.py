@@ -1,0 +1,230 @@
+"""Projection and norm, Eq. 14-15: z = vec(x) phi, 1/r = rsqrt(mean(vec(x)^2) + norm_eps). Forward and backward.
+
+Both multiply on tensor cores without losing fp32: a float32 operand is the sum of a high and a low part that the MMA takes exactly
+(bfloat16 streams: bf16 parts, 2^-17 relative; fp16 and fp32 streams: tf32 parts, 2^-21), and bfloat16 x feeds the MMA as it is.
+The backward makes dx and dphi in one pass over x; dphi is summed per token split, then over splits, so it is bitwise repeatable.
+"""
+
+import tilelang.language as T
+
+from tl_kernels import reference
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
+
+ACC = "float32"
+
+
+def mma_dtype(p):
+    return "bfloat16" if p.dtype == "bfloat16" else "float32"
+
+
+def x_parts(p):
+    """How many parts x needs: 16-bit streams are exact in one."""
+    return 2 if p.dtype == "float32" else 1
+
+
+def padded(size, to):
+    return ceildiv(size, to) * to
+
+
+def high(value, dtype):
+    """The part of a float32 that an MMA of ``dtype`` takes exactly."""
+    if dtype == "bfloat16":
+        return T.cast(value, dtype)
+    return T.reinterpret(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFE000)), "float32")
+
+
+def build_fwd(p, cfg):
+    K, M, dtype, mma = p.K, p.M, p.dtype, mma_dtype(p)
+    bt, bk = cfg["block_T"], cfg["block_K"]
+    N = padded(M, 8)
+    direct = dtype == mma == "bfloat16"
+    nx = x_parts(p)
+    norm_eps = p.option("norm_eps")
+    T_ = T.dynamic("T")
+
+    @T.prim_func
+    def project(
+        x: T.Tensor((T_, K), dtype),
+        phi: T.Tensor((M, K), ACC),
+        z: T.Tensor((T_, M), ACC),
+        rinv: T.Tensor((T_,), ACC),
+    ):
+        with T.Kernel(T.ceildiv(T_, bt), threads=cfg["threads"]) as block:
+            t0 = block * bt
+            x_s = T.alloc_shared((bt, bk), dtype)
+            phi_s = T.alloc_shared((N, bk), ACC)
+            phi_hi = T.alloc_shared((N, bk), mma)
+            phi_lo = T.alloc_shared((N, bk), mma)
+            z_TN = T.alloc_fragment((bt, N), ACC)
+            square = T.alloc_fragment((bt, bk), ACC)
+            norm = T.alloc_fragment((bt,), ACC)
+            T.clear(z_TN)
+            T.clear(square)
+            for k in T.Pipelined(T.ceildiv(K, bk), num_stages=cfg["stages"]):
+                T.copy(x[t0, k * bk], x_s)
+                T.copy(phi[0, k * bk], phi_s)
+                for i, j in T.Parallel(N, bk):
+                    phi_hi[i, j] = high(phi_s[i, j], mma)
+                    phi_lo[i, j] = T.cast(phi_s[i, j] - T.cast(high(phi_s[i, j], mma), ACC), mma)
+                for i, j in T.Parallel(bt, bk):
+                    square[i, j] += T.cast(x_s[i, j], ACC) * T.cast(x_s[i, j], ACC)
+                if direct:
+                    T.gemm(x_s, phi_hi, z_TN, transpose_B=True)
+                    T.gemm(x_s, phi_lo, z_TN, transpose_B=True)
+                else:
+                    x_hi = T.alloc_shared((bt, bk), mma)
+                    for i, j in T.Parallel(bt, bk):
+                        x_hi[i, j] = high(T.cast(x_s[i, j], ACC), mma)
+                    T.gemm(x_hi, phi_hi, z_TN, transpose_B=True)
+                    T.gemm(x_hi, phi_lo, z_TN, transpose_B=True)
+                    if nx == 2:
+                        x_lo = T.alloc_shared((bt, bk), mma)
+                        for i, j in T.Parallel(bt, bk):
+                            x_lo[i, j] = T.cast(x_s[i, j], ACC) - high(T.cast(x_s[i, j], ACC), mma)
+                        T.gemm(x_lo, phi_hi, z_TN, transpose_B=True)
+            T.reduce_sum(square, norm, dim=1)
+            for i, j in T.Parallel(bt, N):
+                if t0 + i < T_ and j < M:
+                    z[t0 + i, j] = z_TN[i, j]
+            for i in T.Parallel(bt):
+                if t0 + i < T_:
+                    rinv[t0 + i] = T.rsqrt(norm[i] / K + norm_eps)
+
+    return project
+
+
+def build_bwd(p, cfg):
+    K, M, dtype, mma = p.K, p.M, p.dtype, mma_dtype(p)
+    bt, bk, splits = cfg["block_T"], cfg["block_K"], cfg["splits"]
+    N = padded(M, 16)
+    direct = dtype == mma == "bfloat16"
+    nx = x_parts(p)
+    T_ = T.dynamic("T")
+
+    @T.prim_func
+    def project_bwd(
+        dz: T.Tensor((T_, M), ACC),
+        drinv: T.Tensor((T_,), ACC),
+        x: T.Tensor((T_, K), dtype),
+        phi: T.Tensor((M, K), ACC),
+        rinv: T.Tensor((T_,), ACC),
+        dx: T.Tensor((T_, K), dtype),
+        dphi: T.Tensor((splits, M, K), ACC),
+    ):
+        with T.Kernel(T.ceildiv(K, bk), splits, threads=cfg["threads"]) as (block, s):
+            k0 = block * bk
+            x_s = T.alloc_shared((bt, bk), dtype)
+            dx_s = T.alloc_shared((bt, bk), dtype)
+            dz_hi = T.alloc_shared((bt, N), mma)
+            dz_lo = T.alloc_shared((bt, N), mma)
+            phi_hi = T.alloc_shared((N, bk), mma)
+            phi_lo = T.alloc_shared((N, bk), mma)
+            dx_TK = T.alloc_fragment((bt, bk), ACC)
+            dphi_KN = T.alloc_fragment((bk, N), ACC)
+            for i, j in T.Parallel(N, bk):
+                value = T.if_then_else(i < M and k0 + j < K, phi[i, k0 + j], 0.0)
+                phi_hi[i, j] = high(value, mma)
+                phi_lo[i, j] = T.cast(value - T.cast(high(value, mma), ACC), mma)
+            T.clear(dphi_KN)
+            for tile in T.Pipelined(T.ceildiv(T.ceildiv(T_, bt), splits), num_stages=cfg["stages"]):
+                t0 = (tile * splits + s) * bt
+                T.copy(x[t0, k0], x_s)
+                for i, j in T.Parallel(bt, N):
+                    value = T.if_then_else(t0 + i < T_ and j < M, dz[t0 + i, j], 0.0)
+                    dz_hi[i, j] = high(value, mma)
+                    dz_lo[i, j] = T.cast(value - T.cast(high(value, mma), ACC), mma)
+                # dx = dz phi - d(1/r)/r^3 x/K
+                T.clear(dx_TK)
+                T.gemm(dz_hi, phi_hi, dx_TK)
+                T.gemm(dz_hi, phi_lo, dx_TK)
+                T.gemm(dz_lo, phi_hi, dx_TK)
+                # dphi = x^T dz
+                if direct:
+                    T.gemm(x_s, dz_hi, dphi_KN, transpose_A=True)
+                    T.gemm(x_s, dz_lo, dphi_KN, transpose_A=True)
+                else:
+                    x_hi = T.alloc_shared((bt, bk), mma)
+                    for i, j in T.Parallel(bt, bk):
+                        x_hi[i, j] = high(T.cast(x_s[i, j], ACC), mma)
+                    T.gemm(x_hi, dz_hi, dphi_KN, transpose_A=True)
+                    T.gemm(x_hi, dz_lo, dphi_KN, transpose_A=True)
+                    if nx == 2:
+                        x_lo = T.alloc_shared((bt, bk), mma)
+                        for i, j in T.Parallel(bt, bk):
+                            x_lo[i, j] = T.cast(x_s[i, j], ACC) - high(T.cast(x_s[i, j], ACC), mma)
+                        T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True)
+                for i, j in T.Parallel(bt, bk):
+                    t = T.min(t0 + i, T_ - 1)
+                    dx_TK[i, j] -= drinv[t] * rinv[t] * rinv[t] * rinv[t] / K * T.cast(x_s[i, j], ACC)
+                T.copy(dx_TK, dx_s)
+                T.copy(dx_s, dx[t0, k0])
+            for j, i in T.Parallel(bk, N):
+                if i < M and k0 + j < K:
+                    dphi[s, i, k0 + j] = dphi_KN[j, i]
+
+    return project_bwd
+
+
+def _shared_bytes(p, cfg, backward):
+    """Static estimate of shared memory, multi-buffering of the pipelined tiles included."""
+    bt, bk, stages = cfg["block_T"], cfg["block_K"], max(1, cfg["stages"])
+    part = 2 if mma_dtype(p) == "bfloat16" else 4
+    x_tile = bt * bk * p.itemsize
+    x_split = 0 if part == 2 else x_parts(p) * bt * bk * 4
+    if backward:
+        N = padded(p.M, 16)
+        return stages * x_tile + x_tile + x_split + 2 * part * N * (bt + bk)
+    N = padded(p.M, 8)
+    return stages * (x_tile + N * bk * 4) + x_split + 2 * part * N * bk
+
+
+def _invalid(p, cfg, backward=False):
+    bt, threads = cfg["block_T"], cfg["threads"]
+    if bt % 16 or cfg["block_K"] % 16:
+        return f"block_T={bt}, block_K={cfg['block_K']}: wanted multiples of 16"
+    if not backward and bt // 16 < threads // 32:
+        return f"block_T={bt}: {threads // 32} warps need at least 16 tokens each"
+    limit = SHARED_LIMIT[90] * 1024
+    if _shared_bytes(p, cfg, backward) > limit:
+        return f"{_shared_bytes(p, cfg, backward)} bytes of shared memory, wanted at most {limit}"
+    return None
+
+
+def project_bwd_reference(dz, drinv, x, phi, rinv):
+    """dx = dz phi - d(1/r)/r^3 x/K, dphi = dz^T vec(x)."""
+    v = x.flatten(1)
+    dx = dz @ phi - (drinv * rinv**3 / v.shape[1])[:, None] * v
+    return dx.view_as(x), dz.T @ v
+
+
+X = Tensor("x", "T n C", "stream", flat=True)
+PHI = Tensor("phi", "M K")
+
+project = Kernel(
+    name="project",
+    build=build_fwd,
+    inputs=(X, PHI),
+    outputs=(Tensor("z", "T M"), Tensor("rinv", "T")),
+    space=lambda p: {"block_T": (16, 32, 64, 128), "block_K": (32, 64, 128, 256), "threads": (32, 64, 128, 256), "stages": (0, 2, 3, 4, 6)},
+    default=lambda p: {"block_T": 64, "block_K": 64, "threads": 128, "stages": 0},
+    invalid=_invalid,
+    reference=reference.project,
+    options={"norm_eps": 1e-6},
+)
+
+project_bwd = Kernel(
+    name="project_bwd",
+    build=build_bwd,
+    inputs=(Tensor("dz", "T M"), Tensor("drinv", "T"), X, PHI, Tensor("rinv", "T")),
+    outputs=(Tensor("dx", "T n C", "stream", flat=True), Tensor("dphi", "M K", partial=True)),
+    space=lambda p: {
+        "block_T": (32, 64, 128),
+        "block_K": (32, 64, 128),
+        "threads": (64, 128, 256),
+        "stages": (0, 1, 2, 3),
+        "splits": (4, 8, 16, 32),
+    },
+    default=lambda p: {"block_T": 64, "block_K": 64, "threads": 128, "stages": 0, "splits": 8},
+    invalid=lambda p, cfg: _invalid(p, cfg, backward=True),
+    reference=project_bwd_reference,
+)
