@@ -1,0 +1,26 @@
+"""What the command line says in one line instead of a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TuneError(Exception):
+    """The user must change something: printed as one line on stderr, exit code 2."""
+
+
+def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
+    """The error for a name that does not exist, with the closest one that does."""
+    names = sorted(known)
+    close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return TuneError(f"unknown {what} {got!r}{hint} (there are {', '.join(names)})")
+
+
+def one_line(error: BaseException) -> str:
+    """The last line that says something: TileLang's errors end in their cause after a long C++ trace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    name = type(error).__name__
+    return (text if text.startswith(name) else f"{name}: {text}")[:400]

@@ -1,0 +1,109 @@
+"""The correctness gate: no configuration's time counts before its numbers do.
+
+Outputs start as NaN with a guarded pad behind them, token counts are ragged, and every output is compared with the kernel's reference
+in float64 on the same inputs. A second run must be bitwise equal to the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tl_kernels.spec import Kernel, Problem, Tensor
+
+#: Ragged on purpose: one token, and a count that no tile divides.
+RAGGED = (1, 37)
+
+#: Relative Frobenius error allowed per output dtype. A result rounded once to a 16-bit dtype errs by 0.42 unit roundoffs rms (1.7e-3 in
+#: bf16, 2.1e-4 in fp16), so these limits leave a factor of two and still refuse a second rounding of a summand. A float32 result that is
+#: a sum over K or T in float32, in any order and with phi split hi + lo in 16 bits, errs by 1e-7 to 5e-6; TF32 or a lost term by 3e-4 up.
+TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5}
+TOLERANCE_COEFFICIENTS = 2e-5
+
+#: Elements behind every output that must still be NaN afterwards.
+PAD = 64
+
+#: Bytes of float64 working set one chunk of the reference may take.
+CHUNK_BYTES = 2 << 30
+
+
+class GateError(Exception):
+    """This configuration gives wrong numbers; the message says which output and by how much."""
+
+
+def tolerance(tensor: Tensor, p: Problem) -> float:
+    """Largest relative Frobenius error allowed for one output."""
+    return TOLERANCE[p.dtype] if tensor.dtype == "stream" else TOLERANCE_COEFFICIENTS
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one token count and their float64 answer."""
+
+    T: int
+    inputs: tuple[torch.Tensor, ...]
+    expected: tuple[torch.Tensor, ...]
+
+
+def reference_fp64(kernel: Kernel, p: Problem, inputs: Sequence[torch.Tensor], chunk_bytes: int = CHUNK_BYTES) -> tuple[torch.Tensor, ...]:
+    """The kernel's reference in float64, in chunks of tokens: results with a T are joined, those without are sums over tokens."""
+    T = inputs[0].shape[0]
+    per_token = 8 * 4 * max(1, kernel.bytes_moved(p, 1) // p.itemsize)
+    rows = max(1, min(T, chunk_bytes // per_token))
+    by_token = ["T" in t.dims.split() for t in kernel.inputs]
+    parts = []
+    for start in range(0, T, rows):
+        chunk = [(v[start : start + rows] if cut else v).double() for v, cut in zip(inputs, by_token, strict=True)]
+        parts.append(kernel.reference(*chunk, **dict(p.options)))
+    results = []
+    for i, tensor in enumerate(kernel.outputs):
+        column = [part[i] for part in parts]
+        results.append(torch.cat(column) if "T" in tensor.dims.split() else torch.stack(column).sum(0))
+    return tuple(results)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor, rows: int = 1 << 12) -> float:
+    """||got - expected|| / ||expected|| in float64, in slices so that no second full-size copy is made. NaN and inf stay visible."""
+    difference = torch.zeros((), dtype=torch.float64, device=expected.device)
+    size = torch.zeros_like(difference)
+    for g, e in zip(got.split(rows), expected.split(rows), strict=True):
+        difference += (g.double() - e).square().sum()
+        size += e.square().sum()
+    return float((difference / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+
+def _guarded(template: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A NaN-filled tensor like ``template`` and the pad behind it."""
+    flat = torch.full((template.numel() + PAD,), float("nan"), dtype=template.dtype, device=template.device)
+    return flat[: template.numel()].view(template.shape), flat[template.numel() :]
+
+
+def _run(launcher, case: Case) -> tuple[torch.Tensor, ...]:
+    guarded = [_guarded(t) for t in launcher.empty_outputs(case.T, case.inputs[0].device)]
+    results = launcher(*case.inputs, out=[out for out, _ in guarded])
+    for tensor, (_, pad) in zip(launcher.kernel.outputs, guarded, strict=True):
+        if not bool(pad.isnan().all()):
+            raise GateError(f"{tensor.name}: written past its end at T={case.T}")
+    return results
+
+
+def check(launcher, case: Case) -> dict[str, float]:
+    """Relative error per output for one case. Raises :class:`GateError` when one is over its tolerance or not repeatable."""
+    kernel, p = launcher.kernel, launcher.p
+    results = _run(launcher, case)
+    errors = {}
+    for tensor, got, expected in zip(kernel.outputs, results, case.expected, strict=True):
+        if tuple(got.shape) != tuple(expected.shape):
+            raise GateError(f"{tensor.name}: shape {tuple(got.shape)} at T={case.T}, wanted {tuple(expected.shape)}")
+        error = relative_error(got, expected)
+        if not error <= tolerance(tensor, p):
+            missing = int(got.isnan().sum())
+            what = f"{missing} of {got.numel()} elements unwritten or NaN" if missing else f"relative error {error:.2e}"
+            raise GateError(f"{tensor.name}: {what} at T={case.T}, wanted at most {tolerance(tensor, p):.0e}")
+        errors[tensor.name] = error
+    for tensor, first, second in zip(kernel.outputs, results, _run(launcher, case), strict=True):
+        if not torch.equal(first, second):
+            raise GateError(f"{tensor.name}: two runs on the same inputs differ at T={case.T}")
+    return errors

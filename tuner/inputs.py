@@ -1,0 +1,55 @@
+"""Random inputs of realistic scale for any kernel, by tensor name. Legend in tl_kernels/spec.py."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+
+from tl_kernels.spec import Kernel, Problem
+
+Make = Callable[[torch.Generator, tuple[int, ...], torch.device, Problem], torch.Tensor]
+
+
+def _normal(generator, shape, device, p):
+    return torch.randn(shape, generator=generator, device=device)
+
+
+def _uniform(low: float, high: float) -> Make:
+    def make(generator, shape, device, p):
+        return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+
+    return make
+
+
+def _phi(generator, shape, device, p):
+    # keeps z = phi x at the scale of the logits a trained model has
+    return torch.randn(shape, generator=generator, device=device) / p.K**0.5
+
+
+#: Streams, logits, biases and every gradient are N(0, 1); what is named here is not.
+SPECIAL: dict[str, Make] = {
+    "phi": _phi,
+    "rinv": _uniform(0.5, 2.0),
+    "H_pre": _uniform(0.01, 0.99),
+    "H_post": _uniform(0.02, 1.98),
+    "H_res": _uniform(0.01, 0.99),
+    "alpha": _uniform(0.5, 1.5),
+}
+
+
+def make_inputs(kernel: Kernel, p: Problem, T: int, seed: int, device: str | torch.device = "cpu") -> tuple[torch.Tensor, ...]:
+    """Contiguous inputs in the spec's order. The same (kernel, p, T, seed, device type) gives the same values."""
+    device = torch.device(device)
+    values: dict[str, torch.Tensor] = {}
+    for tensor in kernel.inputs:
+        generator = torch.Generator(device=device)
+        generator.manual_seed(seed * 1_000_003 + zlib.crc32(f"{tensor.name}|{p.n}|{p.C}|{T}".encode()))
+        value = SPECIAL.get(tensor.name, _normal)(generator, tensor.shape(p, T), device, p)
+        values[tensor.name] = value.to(getattr(torch, tensor.dtype_name(p))).contiguous()
+    if "rinv" in values and "x" in values:
+        # a backward may use either rinv or x: they must belong together
+        eps = dict(p.options).get("norm_eps", 1e-6)
+        values["rinv"] = torch.rsqrt(values["x"].flatten(1).float().square().mean(-1) + eps)
+    return tuple(values[tensor.name] for tensor in kernel.inputs)

@@ -1,0 +1,73 @@
+"""From names on the command line to the list of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tl_kernels import KERNELS, NAMES
+from tl_kernels.spec import Problem
+from tuner.errors import TuneError, unknown
+from tuner.hardware import Hardware
+from tuner.search import Task, has_channels
+from tuner.workloads import Workload
+
+
+def split_names(text: str | None) -> list[str] | None:
+    """``"a, b"`` -> ``["a", "b"]``; None stays None."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def pick_kernels(wanted: Sequence[str] | None) -> list[str]:
+    """Kernel names in boundary order. Raises :class:`TuneError` for one that does not exist."""
+    for name in wanted or ():
+        if name not in NAMES:
+            raise unknown("kernel", name, NAMES)
+    if wanted is not None and not wanted:
+        raise TuneError("--kernels: got no name, wanted at least one")
+    return [name for name in NAMES if wanted is None or name in wanted]
+
+
+def pick_workloads(wanted: Sequence[str] | None, known: dict[str, Workload]) -> list[Workload]:
+    """Workloads in the file's order. Raises :class:`TuneError` for one that does not exist."""
+    for name in wanted or ():
+        if name not in known:
+            raise unknown("workload", name, known)
+    if wanted is not None and not wanted:
+        raise TuneError("--workloads: got no name, wanted at least one")
+    return [workload for name, workload in known.items() if wanted is None or name in wanted]
+
+
+def parse_tokens(text: str | None) -> list[int] | None:
+    """``"2048,8192"`` -> ``[2048, 8192]``. Raises :class:`TuneError`."""
+    names = split_names(text)
+    if names is None:
+        return None
+    try:
+        tokens = sorted({int(name) for name in names})
+    except ValueError:
+        raise TuneError(f"--tokens: got {text!r}, wanted counts such as 2048,8192") from None
+    if not tokens or tokens[0] < 1:
+        raise TuneError(f"--tokens: got {text!r}, wanted counts of at least 1")
+    return tokens
+
+
+def make_tasks(kernels: Sequence[str], workloads: Sequence[Workload], hardware: Hardware, tokens: Sequence[int] | None) -> list[Task]:
+    """One task per program and token count; a program without C in it is tuned once for every C."""
+    tasks: dict[tuple[str, Problem, int], Task] = {}
+    covers: dict[tuple[int, str, int], list[int]] = {}
+    for workload in workloads:
+        for T in tokens or workload.buckets(hardware.arch):
+            covers.setdefault((workload.n, workload.dtype, T), []).append(workload.C)
+    for workload in workloads:
+        for name in kernels:
+            try:
+                spec = KERNELS[name]
+            except ImportError as e:
+                raise TuneError(f"kernel {name}: {e}; is the installation complete? (pip install --force-reinstall)") from None
+            for T in tokens or workload.buckets(hardware.arch):
+                every = sorted(set(covers[workload.n, workload.dtype, T]))
+                C = workload.C if has_channels(spec) else every[0]
+                p = spec.problem(workload.n, C, workload.dtype)
+                task = Task(name, p, T, hardware.arch, hardware.profile, (C,) if has_channels(spec) else tuple(every))
+                tasks.setdefault((name, p, T), task)
+    return list(tasks.values())

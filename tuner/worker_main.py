@@ -1,0 +1,34 @@
+"""The inside of a worker process: receive (function, arguments), send ("ok", result) or ("error" | "fatal", one line)."""
+
+from __future__ import annotations
+
+import sys
+from multiprocessing.connection import Connection
+
+from tuner.errors import one_line
+
+
+class FatalError(Exception):
+    """Raised by a job whose process must not be used again, e.g. after an illegal access on the GPU."""
+
+
+def main(read_fd: int, write_fd: int) -> None:
+    jobs, results = Connection(read_fd, writable=False), Connection(write_fd, readable=False)
+    results.send(("ready", None))
+    while True:
+        try:
+            fn, args = jobs.recv()
+        except EOFError:
+            return
+        except Exception as e:
+            results.send(("error", one_line(e)))
+            continue
+        try:
+            results.send(("ok", fn(*args)))
+        except Exception as e:
+            # by name: run as __main__, this file's own class is not the one that jobs import
+            results.send(("fatal" if type(e).__name__ == "FatalError" else "error", one_line(e)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
