@@ -19,13 +19,11 @@ LOOK = {
 }
 
 
-def smooth(values: list[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias towards its start."""
-    average, weight, out = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(average / weight)
-    return out
+def smooth(values: list[float]) -> list[float]:
+    """Mean over a window centred on each step, 5% of the run wide and narrower at its ends."""
+    reach = len(values) // 40
+    windows = (values[max(0, k - r) : k + r + 1] for k in range(len(values)) for r in (min(reach, k, len(values) - 1 - k),))
+    return [sum(w) / len(w) for w in windows]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

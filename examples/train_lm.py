@@ -15,7 +15,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -34,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import mhc
-from mhc.profile import choose, profile_name
+from mhc.profile import active_profile, choose, device_name
 from tl_kernels import KERNELS
 
 RESIDUALS = ("plain", "hc", "mhc")
@@ -319,22 +318,13 @@ def describe_profile(args: argparse.Namespace) -> dict[str, Any]:
     """Load ``--profile`` if one was given and count how many of the ten kernels the active profile serves at this shape."""
     if args.profile:
         mhc.load_profile(args.profile)
-    name = args.profile or os.environ.get("MHC_PROFILE") or f"{profile_name(device_name(args.device))} (by device name)"
+    active = active_profile(args.device)
+    name = f"tuned on {active.provenance.gpu}, {active.provenance.date}" if active else "none"
     dtype = str(stream_dtype(args.device, args.dtype)).removeprefix("torch.")
     choices = {k: choose(k, KERNELS[k].problem(args.n, args.dim, dtype), args.batch * args.seq, args.device) for k in KERNELS}
     origins = Counter(c.origin for c in choices.values())
     impls = Counter(c.impl for c in choices.values())
     return {"name": name, "kernels": len(choices), "origins": dict(origins), "impls": dict(impls)}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return platform.processor() or "CPU"
 
 
 def version(package: str) -> str | None:
