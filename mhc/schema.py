@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tl_kernels.spec import MAX_N, STREAM_DTYPES
 
@@ -21,9 +21,9 @@ def _dtype(value: str) -> str:
 
 
 def _knob(value: Any) -> int | str | bool:
-    # Not a plain union: its error would name three types and its path would grow by one of them.
+    # Before the union sees it: a union's error names three types, and its path grows by one of them.
     if not isinstance(value, int | str | bool):
-        raise ValueError("wanted an integer, a string or a boolean")  # noqa: TRY004  (pydantic collects ValueError)
+        raise ValueError("wanted an integer, a string or a boolean")  # pydantic collects ValueError, not TypeError
     return value
 
 
@@ -36,7 +36,7 @@ def _interval(value: Any) -> tuple[float, float]:
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Knob = Annotated[int | str | bool, PlainValidator(_knob)]
+Knob = Annotated[int | str | bool, BeforeValidator(_knob)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -55,7 +55,7 @@ class Entry(_Strict):
     impl: Annotated[Literal["tilelang", "reference"], Field(description="'reference': PyTorch was faster (CPU target)")] = "tilelang"
     config: Annotated[dict[str, Knob], Field(description="knobs of the kernel's search space")]
     time_us: Positive
-    time_ci_us: Annotated[tuple[float, float], PlainValidator(_interval), Field(description="confidence interval of time_us")]
+    time_ci_us: Annotated[tuple[float, float], BeforeValidator(_interval), Field(description="confidence interval of time_us")]
     gbps: Annotated[NotNegative, Field(description="the kernel's floor bytes / time_us")]
     copy_share: Annotated[NotNegative, Field(description="gbps / provenance.copy_gbps")]
     default_us: Annotated[Positive, Field(description="time of the kernel's default configuration, same run")]

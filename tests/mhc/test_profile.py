@@ -1,0 +1,605 @@
+"""The profile loader: files in, one configuration out, and a report for everything that is not as it should be."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mhc import profile as mp
+from mhc.profile import Choice, ProfileError, choose, load_profile, profile_name, read_profile, save_profile
+from mhc.schema import Profile
+from tests.mhc.test_schema import ENTRY, PROFILE
+from tl_kernels.spec import Kernel, Problem, Tensor
+
+CPU = torch.device("cpu")
+H100 = torch.device("cuda", 0)
+DEFAULT = {"block_C": 128, "threads": 64}
+SHAPE = Problem(4, 2560)
+
+
+def build(p: Problem, cfg: Any) -> None:
+    """Never called; its module is what source_hash reads."""
+
+
+def fake_kernel(name: str, tensor: Tensor) -> Kernel:
+    return Kernel(
+        name=name,
+        build=build,
+        inputs=(tensor,),
+        outputs=(tensor,),
+        space=lambda p: {"block_C": (128, 256, 512), "threads": (64, 128)},
+        default=lambda p: dict(DEFAULT),
+        invalid=lambda p, cfg: f"block_C={cfg['block_C']}: larger than C={p.C}" if cfg["block_C"] > p.C else None,
+        reference=lambda p, *inputs: inputs,
+    )
+
+
+KERNELS = {
+    "post_res": fake_kernel("post_res", Tensor("x", "T n C", "stream")),
+    "pre": fake_kernel("pre", Tensor("x", "T n C", "stream")),
+    "sinkhorn": fake_kernel("sinkhorn", Tensor("h_res", "T n n")),
+}
+HASH = KERNELS["post_res"].source_hash
+
+
+def entry(**fields: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(ENTRY), "config": {"block_C": 256, "threads": 128}, "source_hash": HASH, **fields}
+
+
+def profile(*entries: dict[str, Any], gpu: str = "NVIDIA H100 80GB HBM3", arch: str = "sm_90a") -> Profile:
+    return Profile.model_validate({**PROFILE, "provenance": {**PROFILE["provenance"], "gpu": gpu, "arch": arch}, "entries": list(entries)})
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """A machine with one H100, the fake kernels, and an empty folder of packaged profiles, which is returned."""
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "workloads.yaml").write_text("{}")
+    monkeypatch.setattr(mp, "KERNELS", KERNELS)
+    monkeypatch.setattr(mp, "packaged_dir", lambda: configs)
+    monkeypatch.setattr(mp, "device_name", lambda device: "AMD EPYC" if device.type == "cpu" else "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(mp, "device_arch", lambda device: "cpu" if device.type == "cpu" else "sm_90a")
+    monkeypatch.delenv("MHC_PROFILE", raising=False)
+    mp.reset()
+    yield configs
+    mp.reset()
+
+
+@pytest.fixture
+def said(caplog):
+    """The warnings given so far."""
+    caplog.set_level(logging.DEBUG, logger="mhc")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "mhc" and r.levelno >= logging.WARNING]
+
+
+def load(tmp_path: Path, *entries: dict[str, Any], **provenance: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    save_profile(profile(*entries, **provenance), path)
+    load_profile(path)
+    return path
+
+
+# files
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    path = tmp_path / "new" / "h100.yaml"
+    saved = profile(entry(), entry(tokens=2048, runner_up_us=130.25))
+    save_profile(saved, path)
+    assert read_profile(path) == saved
+    assert path.read_text().startswith("# Tuned mHC kernel configurations")
+
+
+def test_saving_leaves_nothing_but_the_file_and_lets_others_read_it(tmp_path):
+    path = tmp_path / "p.yaml"
+    save_profile(profile(entry()), path)
+    save_profile(profile(), path)
+    assert read_profile(path).entries == []
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["p.yaml"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "p.yaml"
+    save_profile(profile(entry()), path)
+    before = path.read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ProfileError, match="cannot be written: No space left on device"):
+        save_profile(profile(), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["p.yaml"]
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.yaml"
+    link.symlink_to(tmp_path / "real" / "p.yaml")
+    save_profile(profile(entry()), link)
+    assert link.is_symlink()
+    assert len(read_profile(tmp_path / "real" / "p.yaml").entries) == 1
+
+
+def test_an_unwritable_place_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProfileError, match="cannot be written") as e:
+        save_profile(profile(), tmp_path / "file" / "p.yaml")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "top level: got None, wanted a valid dictionary"),
+        ("[1, 2]", "top level: got [1, 2], wanted a valid dictionary"),
+        ("schema_version: 1\nschema_version: 1\n", "line 2, column 1: the key 'schema_version' stands twice"),
+        ("provenance: {gpu: a, gpu: b}", "the key 'gpu' stands twice"),
+        ("a: [1,\n\n}", "line 3, column 1"),
+        ("a: \t- b\n c", "wanted YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("? [a, [b]]\n: 1", "unhashable"),
+        ("x: " + "9" * 5000, "wanted YAML"),
+        ("a: &a [*a]", "schema_version: missing"),
+        ("[" * 20_000, "wanted YAML"),
+        ("schema_version: 1\nprovenance: {date: 2026-13-45}\nentries: []", "provenance."),
+    ],
+)
+def test_a_malformed_file_is_one_line_naming_the_file(tmp_path, text, complaint):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ProfileError) as e:
+        read_profile(path)
+    assert str(e.value).startswith(f"{path}: ")
+    assert complaint in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_an_unquoted_date_is_a_string(tmp_path):
+    path = tmp_path / "p.yaml"
+    save_profile(profile(), path)
+    path.write_text(path.read_text().replace("'2026-11-21'", "2026-11-21"))
+    assert "date: 2026-11-21" in path.read_text()
+    assert read_profile(path).provenance.date == "2026-11-21"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xfa", b"a: \x00", None])
+def test_a_file_that_is_no_text_or_not_there(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ProfileError) as e:
+        read_profile(path)
+    assert str(e.value).startswith(f"{path}: ")
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_is_no_profile(tmp_path):
+    with pytest.raises(ProfileError, match="cannot be read"):
+        read_profile(tmp_path)
+
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def read_or_complain(path: Path) -> None:
+    complaint = ""
+    try:
+        read_profile(path)
+    except ProfileError as e:
+        complaint = str(e)
+    if complaint:
+        assert complaint.startswith(f"{path}: ")
+        assert len(complaint.splitlines()) == 1
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_field_replaced_by_anything_is_read_or_refused_in_one_line(tmp_path, data):
+    document: Any = copy.deepcopy({**PROFILE, "entries": [entry()]})
+    node = document
+    while True:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if isinstance(node[key], dict | list) and node[key] and data.draw(st.booleans()):
+            node = node[key]
+            continue
+        node[key] = data.draw(VALUES)
+        break
+    path = tmp_path / "fuzz.yaml"
+    path.write_text(yaml.safe_dump(document))
+    read_or_complain(path)
+
+
+@FUZZ
+@given(text=st.text(alphabet=st.sampled_from("ab:-{}[]&*!?|>'\"#%@,\n \t0.1eé"), max_size=40) | st.binary(max_size=40))
+def test_any_text_or_bytes_are_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "fuzz.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    read_or_complain(path)
+
+
+TEXT = st.text(min_size=1, max_size=30).filter(lambda s: s.isprintable() or s.isspace())
+
+
+@FUZZ
+@given(gpu=TEXT, command=TEXT, source_hash=TEXT, seed=st.integers(), us=st.floats(1e-6, 1e9), knob=st.integers() | st.booleans() | TEXT)
+def test_any_good_profile_survives_the_file(tmp_path, gpu, command, source_hash, seed, us, knob):
+    data = {**PROFILE, "provenance": {**PROFILE["provenance"], "gpu": gpu, "command": command, "seed": seed}}
+    good = Profile.model_validate({**data, "entries": [entry(source_hash=source_hash, time_us=us, config={"k": knob})]})
+    save_profile(good, tmp_path / "fuzz.yaml")
+    back = read_profile(tmp_path / "fuzz.yaml")
+    assert back == good
+    assert type(back.entries[0].config["k"]) is type(knob)
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100"),
+        ("NVIDIA H100 NVL", "h100"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx-4090-laptop"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx-pro-6000-blackwell"),
+        ("AMD EPYC 9654 96-Core Processor", "cpu"),
+        ("Intel(R) Xeon(R) Platinum 8480+", "cpu"),
+        ("aarch64", "cpu"),
+        ("", "cpu"),
+    ],
+)
+def test_profile_name(device, name):
+    assert profile_name(device) == name
+
+
+def test_a_packaged_name_is_found_and_an_unknown_one_lists_what_there_is(machine):
+    save_profile(profile(entry()), machine / "h100.yaml")
+    assert len(read_profile("h100").entries) == 1
+    with pytest.raises(ProfileError, match="h999: no packaged profile has this name, wanted a path to a YAML file or one of: h100"):
+        load_profile("h999")
+    with pytest.raises(ProfileError, match="no packaged profile"):
+        load_profile("workloads")
+
+
+# choice
+
+
+def test_the_tuned_entry_serves_its_shape(tmp_path, said):
+    load(tmp_path, entry())
+    assert choose("post_res", SHAPE, 8192, H100) == Choice({"block_C": 256, "threads": 128}, "tilelang", "exact")
+    assert said() == []
+
+
+@pytest.mark.parametrize("T", [4096, 5000, 8192, 12000, 16384])
+def test_within_twice_the_bucket_is_exact(tmp_path, said, T):
+    load(tmp_path, entry())
+    assert choose("post_res", SHAPE, T, H100).origin == "exact"
+    assert said() == []
+
+
+@pytest.mark.parametrize("T", [0, 1, 7, 2048, 1 << 20])
+def test_beyond_twice_the_bucket_is_nearest(tmp_path, said, T):
+    load(tmp_path, entry())
+    assert choose("post_res", SHAPE, T, H100).origin == "nearest"
+    assert len(said()) == 1
+
+
+A, B = {"block_C": 128, "threads": 128}, {"block_C": 256, "threads": 64}
+NEAREST = [
+    # what is asked for, entry a, entry b, which serves
+    ((4, 2560, "bfloat16", 8192), {"tokens": 2048}, {"tokens": 8192}, "b"),
+    ((4, 2560, "bfloat16", 4096), {"tokens": 2048}, {"tokens": 8192}, "b"),  # as far from both: the larger
+    ((4, 2000, "bfloat16", 8192), {"C": 1280}, {"C": 2560}, "b"),
+    ((4, 1500, "bfloat16", 8192), {"C": 1280}, {"C": 2560}, "a"),
+    ((4, 2000, "bfloat16", 2048), {"C": 1280, "tokens": 2048}, {"C": 2560, "tokens": 8192}, "b"),  # C before T
+    ((2, 1280, "bfloat16", 8192), {"n": 2, "C": 7168}, {"n": 4, "C": 1280}, "a"),  # the same n before anything else
+    ((3, 2560, "bfloat16", 8192), {"n": 1}, {"n": 4}, "b"),
+    ((4, 2560, "float16", 8192), {"dtype": "bfloat16"}, {"dtype": "float32"}, "a"),
+    ((4, 2560, "float16", 8192), {"dtype": "bfloat16"}, {"dtype": "float16"}, "b"),
+    ((4, 2560, "float32", 8192), {"dtype": "bfloat16"}, {"dtype": "float32", "C": 7168}, "b"),
+    ((4, 128, "bfloat16", 8192), {"C": 7168}, {"C": 256}, "a"),  # b is nearer, but its block is larger than C
+]
+
+
+@pytest.mark.parametrize(("wanted", "a", "b", "serves"), NEAREST)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_nearest_valid_entry_serves(tmp_path, wanted, a, b, serves, swapped):
+    entries = [entry(config=A, **a), entry(config=B, **b)]
+    load(tmp_path, *(entries[::-1] if swapped else entries))
+    n, C, dtype, T = wanted
+    assert choose("post_res", Problem(n, C, dtype), T, H100).config == {"a": A, "b": B}[serves]
+
+
+@pytest.mark.parametrize(
+    ("entries", "p"),
+    [
+        ([], SHAPE),
+        ([{"kernel": "pre"}], SHAPE),
+        ([{"dtype": "float32"}], SHAPE),
+        ([{}], Problem(4, 64)),  # every block is larger than C
+        ([{"config": {"block_C": 256}}], SHAPE),
+        ([{"config": {"block_C": 256, "threads": 128, "old_knob": 1}}], SHAPE),
+        ([{"config": {"block_C": "wide", "threads": 128}}], SHAPE),
+    ],
+)
+def test_without_a_valid_entry_the_default_serves_and_says_so_once(tmp_path, said, entries, p):
+    load(tmp_path, *(entry(**e) for e in entries))
+    for T in (8192, 100):
+        assert choose("post_res", p, T, H100) == Choice(DEFAULT, "tilelang", "default")
+    assert len(said()) == 1
+    assert "post_res" in said()[0]
+
+
+def test_an_entry_refused_for_its_shape_is_reported_with_the_reason(tmp_path, said):
+    load(tmp_path, entry(config={"block_C": 4096, "threads": 64}), entry(C=1280))
+    assert choose("post_res", SHAPE, 8192, H100).origin == "nearest"
+    assert len(said()) == 1
+    assert "block_C=4096: larger than C=2560" in said()[0]
+
+
+def test_an_unseen_shape_is_reported_once_for_all_kernels_and_token_counts(tmp_path, said):
+    load(tmp_path, entry(), entry(kernel="pre"))
+    for T in (8192, 17, 100_000):
+        for kernel in ("post_res", "pre"):
+            assert choose(kernel, Problem(4, 3000), T, H100).origin == "nearest"
+    assert len(said()) == 1
+    assert "was not tuned at n=4, C=3000, bfloat16" in said()[0]
+    choose("pre", Problem(4, 3001), 8192, H100)
+    assert len(said()) == 2
+
+
+def test_a_kernel_without_channels_or_streams_takes_any_entry_of_its_n(tmp_path, said):
+    load(tmp_path, entry(kernel="sinkhorn"))
+    assert choose("sinkhorn", Problem(4, 256, "float32"), 8192, H100).origin == "exact"
+    assert said() == []
+
+
+def test_the_reference_serves_where_the_profile_says_so(tmp_path):
+    load(tmp_path, entry(impl="reference", config={}), gpu="AMD EPYC", arch="cpu")
+    assert choose("post_res", SHAPE, 8192, CPU) == Choice({}, "reference", "exact")
+
+
+# sources
+
+
+def test_no_profile_says_what_to_run_once_per_gpu(said):
+    for kernel in ("post_res", "pre"):
+        assert choose(kernel, SHAPE, 8192, H100).origin == "default"
+    assert said() == ["no tuned profile for NVIDIA H100 80GB HBM3; kernels run with defaults; to tune: mhc-tune --gpu h100"]
+
+
+def test_the_packaged_profile_is_found_by_device_name(machine, said):
+    save_profile(profile(entry()), machine / "h100.yaml")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "exact"
+    assert said() == []
+
+
+def test_a_malformed_packaged_profile_is_reported_and_defaults_serve(machine, said):
+    (machine / "h100.yaml").write_text("schema_version: 7")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "default"
+    assert choose("pre", SHAPE, 8192, H100).origin == "default"
+    assert len(said()) == 1
+    assert "h100.yaml" in said()[0]
+
+
+def test_a_stale_entry_is_reported_once_and_not_used(tmp_path, said):
+    path = load(tmp_path, entry(source_hash="another"), entry(kernel="pre"))
+    for T in (8192, 1):
+        assert choose("post_res", SHAPE, T, H100) == Choice(DEFAULT, "tilelang", "default")
+    assert choose("pre", SHAPE, 8192, H100).origin == "exact"
+    assert len(said()) == 1
+    for part in ("post_res", str(path), "another version of the kernel", "mhc-tune --gpu h100 --kernels post_res"):
+        assert part in said()[0]
+
+
+def test_beside_a_stale_entry_a_fresh_one_serves(tmp_path, said):
+    load(tmp_path, entry(source_hash="another"), entry(C=1280, config=A))
+    assert choose("post_res", SHAPE, 8192, H100) == Choice(A, "tilelang", "nearest")
+    assert "1 of 2 entries" in said()[0]
+
+
+OTHER = {"gpu": "NVIDIA H200"}
+OTHER_ARCH = {"gpu": "NVIDIA A100-SXM4-80GB", "arch": "sm_80"}
+OTHER_BOARD = {"gpu": "NVIDIA H100 PCIe"}
+ON_CPU = {"gpu": "AMD EPYC", "arch": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("how", "tuned_on", "used"),
+    [
+        ("load_profile", OTHER, True),
+        ("load_profile", OTHER_ARCH, False),
+        ("load_profile", OTHER_BOARD, True),
+        ("load_profile", ON_CPU, False),
+        ("MHC_PROFILE", OTHER, False),
+        ("MHC_PROFILE", OTHER_ARCH, False),
+        ("MHC_PROFILE", OTHER_BOARD, True),
+        ("MHC_PROFILE", ON_CPU, False),
+        ("packaged", OTHER, False),
+        ("packaged", OTHER_BOARD, True),
+    ],
+)
+def test_another_gpu_is_reported_and_used_only_where_asked_for(machine, tmp_path, monkeypatch, said, how, tuned_on, used):
+    path = machine / "h100.yaml" if how == "packaged" else tmp_path / "other.yaml"
+    save_profile(profile(entry(), **tuned_on), path)
+    if how == "load_profile":
+        load_profile(path)
+    elif how == "MHC_PROFILE":
+        monkeypatch.setenv("MHC_PROFILE", str(path))
+    assert choose("post_res", SHAPE, 8192, H100).origin == ("exact" if used else "default")
+    choose("pre", SHAPE, 8192, H100)
+    about = [m for m in said() if tuned_on["gpu"] in m and "NVIDIA H100 80GB HBM3" in m]
+    assert len(about) == 1
+    assert ("used all the same" in about[0]) == used
+    assert "mhc-tune --gpu h100" in about[0]
+
+
+def test_a_profile_that_cannot_serve_leaves_the_next_source(machine, tmp_path):
+    save_profile(profile(entry(config=A)), machine / "h100.yaml")
+    load(tmp_path, entry(config=B, gbps=1), **ON_CPU)
+    assert choose("post_res", SHAPE, 8192, H100).config == A
+    assert choose("post_res", SHAPE, 8192, CPU).config == B
+
+
+def test_a_cuda_profile_never_serves_the_cpu(tmp_path):
+    load(tmp_path, entry())
+    assert choose("post_res", SHAPE, 8192, CPU).origin == "default"
+
+
+def test_load_profile_wins_over_the_environment_and_that_over_the_packaged(machine, tmp_path, monkeypatch):
+    save_profile(profile(entry(config=A)), machine / "h100.yaml")
+    assert choose("post_res", SHAPE, 8192, H100).config == A
+    save_profile(profile(entry(config=B)), tmp_path / "env.yaml")
+    monkeypatch.setenv("MHC_PROFILE", str(tmp_path / "env.yaml"))
+    assert choose("post_res", SHAPE, 8192, H100).config == A  # the environment is read once
+    mp.reset()
+    assert choose("post_res", SHAPE, 8192, H100).config == B
+    load(tmp_path, entry())
+    assert choose("post_res", SHAPE, 8192, H100).config == {"block_C": 256, "threads": 128}
+
+
+def test_mhc_profile_takes_a_packaged_name_and_none(machine, monkeypatch, said):
+    save_profile(profile(entry()), machine / "h100.yaml")
+    monkeypatch.setenv("MHC_PROFILE", "none")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "default"
+    assert mp.active_profile(H100) is None
+    mp.reset()
+    monkeypatch.setenv("MHC_PROFILE", "h100")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "exact"
+    assert said() == []
+
+
+@pytest.mark.parametrize("value", ["h999", "/nowhere/h100.yaml"])
+def test_a_wrong_mhc_profile_is_an_error_not_a_default(monkeypatch, value):
+    monkeypatch.setenv("MHC_PROFILE", value)
+    with pytest.raises(ProfileError, match=f"MHC_PROFILE: {value}"):
+        choose("post_res", SHAPE, 8192, H100)
+
+
+def test_a_profile_that_fails_to_load_leaves_the_one_before(tmp_path):
+    load(tmp_path, entry())
+    (tmp_path / "bad.yaml").write_text("{}")
+    with pytest.raises(ProfileError):
+        load_profile(tmp_path / "bad.yaml")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "exact"
+
+
+def test_an_unknown_kernel_and_an_unknown_device_are_errors():
+    with pytest.raises(KeyError):
+        choose("norm", SHAPE, 8, CPU)
+    with pytest.raises(ValueError, match="device: got meta, wanted cpu or cuda"):
+        choose("post_res", SHAPE, 8, torch.device("meta"))
+
+
+# cost and safety
+
+
+def test_the_second_look_up_touches_nothing_but_a_dictionary(tmp_path, monkeypatch):
+    load(tmp_path, entry())
+    first = choose("post_res", SHAPE, 8192, H100)
+
+    def never(*args: Any) -> None:
+        raise AssertionError("a cached look-up went to work again")
+
+    for name in ("_choose", "_source", "device_name", "device_arch"):
+        monkeypatch.setattr(mp, name, never)
+    assert choose("post_res", Problem(4, 2560), 8200, H100) is first
+
+
+def test_the_cache_does_not_grow_with_token_counts():
+    for T in range(3000):
+        choose("post_res", SHAPE, T, CPU)
+    assert len(mp._STATE.choices) <= 13
+
+
+def test_the_choice_does_not_depend_on_which_token_count_came_first(tmp_path):
+    load(tmp_path, entry(tokens=2048, config=A), entry(tokens=8192, config=B))
+    counts = [*range(2800, 6000, 100), 0, 1, 10**6]
+    one = [choose("post_res", SHAPE, T, H100).config for T in counts]
+    mp.reset()
+    load_profile(tmp_path / "mine.yaml")
+    other = [choose("post_res", SHAPE, T, H100).config for T in reversed(counts)]
+    assert one == other[::-1]
+
+
+def test_threads_agree_while_the_profile_is_replaced(tmp_path):
+    load(tmp_path, entry())
+    wrong: list[Any] = []
+
+    def look_up() -> None:
+        for i in range(300):
+            choice = choose("post_res", Problem(4, 1000 + i % 7), 8192, H100)
+            if choice.config not in (A, {"block_C": 256, "threads": 128}):
+                wrong.append(choice)
+
+    threads = [threading.Thread(target=look_up) for _ in range(4)]
+    for t in threads:
+        t.start()
+    load(tmp_path, entry(config=A))
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert choose("post_res", Problem(4, 1000), 8192, H100).config == A
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_the_lock_is_held_does_not_hang():
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with mp._STATE.lock:
+            held.set()
+            release.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(30)
+    pid = os.fork()
+    if pid == 0:
+        ok = mp._STATE.lock.acquire(timeout=5)
+        os._exit(0 if ok else 1)
+    _, status = os.waitpid(pid, 0)
+    release.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_the_loader_imports_no_tilelang_before_a_kernel_is_needed():
+    code = "import sys, mhc.profile as m; m.packaged_names(); sys.exit('tilelang' in sys.modules or 'tuner' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(mp.__file__).parents[1], check=False).returncode == 0
+
+
+def test_every_packaged_profile_is_valid(monkeypatch):
+    monkeypatch.undo()
+    for name in mp.packaged_names():
+        assert read_profile(name).entries, name
