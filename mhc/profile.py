@@ -57,7 +57,8 @@ class ProfileError(YAMLFileError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a kernel is to run with. ``config`` belongs to a cache: do not change it.
+    """What a kernel is to run with. ``config`` is valid for the problem, also where ``impl`` is ``"reference"``; do not change it: it is
+    cached.
 
     ``origin``: ``"exact"`` (tuned at this n, C and dtype and within twice this T), ``"nearest"`` (tuned at another shape) or ``"default"``.
     """
@@ -312,8 +313,8 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
 
     refused = ""
     for e in sorted((e for e in entries if not has_dtype or _wide(e.dtype) == _wide(p.dtype)), key=distance):
-        reason = None if e.impl == "reference" else _reason_against(kernel, p, e.config, default.config)
-        if reason:
+        reason = _reason_against(kernel, p, e.config, default.config)
+        if reason and e.impl == "tilelang":
             refused = refused or f"{_shape(e)}: {reason}"
             continue
         off_n, off_C, off_dtype, off_T, _ = distance(e)
@@ -321,7 +322,8 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
         log.debug("%s %s T~%d on %s: %s (%s, %s)", kernel.name, p, T, device, e.config, origin, e.impl)
         if refused or origin == "nearest":
             _report_shape(source, kernel, p, T, device, f"served by {_shape(e)}", refused)
-        return Choice(dict(e.config), e.impl, origin)
+        # where the reference serves, the configuration is for who asks for TileLang all the same
+        return Choice(default.config if reason else dict(e.config), e.impl, origin)
     _report_shape(source, kernel, p, T, device, "served by the default configuration", refused)
     return default
 

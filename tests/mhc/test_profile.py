@@ -383,9 +383,11 @@ def test_a_kernel_without_channels_or_streams_takes_any_entry_of_its_n(tmp_path,
     assert said() == []
 
 
-def test_the_reference_serves_where_the_profile_says_so(tmp_path):
-    load(tmp_path, entry(impl="reference", config={}), gpu="AMD EPYC", arch="cpu")
-    assert choose("post_res", SHAPE, 8192, CPU) == Choice({}, "reference", "exact")
+@pytest.mark.parametrize(("config", "offered"), [({}, DEFAULT), ({"block_C": 512, "threads": 64}, {"block_C": 512, "threads": 64})])
+def test_the_reference_serves_where_the_profile_says_so_with_a_config_that_would_run(tmp_path, said, config, offered):
+    load(tmp_path, entry(impl="reference", config=config), gpu="AMD EPYC", arch="cpu")
+    assert choose("post_res", SHAPE, 8192, CPU) == Choice(offered, "reference", "exact")
+    assert said() == []
 
 
 # sources
