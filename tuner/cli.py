@@ -16,22 +16,22 @@ INTERRUPTED = 130
 
 HELP = """Tune the mHC kernels for the GPU (or CPU) in this machine and write a profile that `import mhc` finds.
 
-Every configuration must first give the right numbers (against a float64 reference, on ragged token counts), then it is timed alone on
-the device. The best few are confirmed beside the default; a win must be clear of the noise, else the default ships.
-Ctrl-C keeps what is done; the same command again goes on where it stopped.
+Every configuration must first give the right numbers (against a float64 reference, on ragged token counts); then it is timed, alone on
+the device. The best few are confirmed beside the default: a win must be clear of the noise, else the default ships. Ctrl-C keeps what is
+done, and the same command again goes on where it stopped.
 """
 
 EPILOG = """Examples:
 
-  mhc-tune                                            tune everything for the GPU found here, else for the CPU
+  mhc-tune  (everything, for the GPU found here, else the CPU)
 
-  mhc-tune --gpu h100 --workloads mhc-27b             one model's shapes, into configs/h100.yaml
+  mhc-tune --gpu h100 --workloads mhc-27b  (one model's shapes)
 
-  mhc-tune --kernels pre,post_res --tokens 4096       two kernels, at 4096 tokens
+  mhc-tune --kernels pre,post_res --tokens 4096
 
-  mhc-tune --effort full --time-limit 3600            look harder, for an hour at most
+  mhc-tune --effort full --time-limit 3600  (look harder, an hour at most)
 
-  mhc-tune --gpu cpu --kernels pre --trials 2         try it on a laptop in seconds
+  mhc-tune --gpu cpu --kernels pre --trials 2  (seconds, on a laptop)
 """
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -85,7 +85,7 @@ def tune(
 def main() -> None:
     """Entry point: one line on stderr and exit code 2 for what the user can mend."""
     try:
-        app()
+        app(prog_name="mhc-tune")
     except TuneError as e:
         print(f"mhc-tune: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)

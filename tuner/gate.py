@@ -46,11 +46,16 @@ class Case:
     inputs: tuple[torch.Tensor, ...]
     expected: tuple[torch.Tensor, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.inputs, *self.expected))
+
 
 def reference_fp64(kernel: Kernel, p: Problem, inputs: Sequence[torch.Tensor], chunk_bytes: int = CHUNK_BYTES) -> tuple[torch.Tensor, ...]:
     """The kernel's reference in float64, in chunks of tokens: results with a T are joined, those without are sums over tokens."""
     T = inputs[0].shape[0]
-    per_token = 8 * 4 * max(1, kernel.bytes_moved(p, 1) // p.itemsize)
+    # every tensor with a T, at most four times wider in float64, and as much again three times for what autograd keeps
+    per_token = 16 * sum(t.nbytes(p, 1) for t in (*kernel.inputs, *kernel.outputs) if "T" in t.dims.split())
     rows = max(1, min(T, chunk_bytes // per_token))
     by_token = ["T" in t.dims.split() for t in kernel.inputs]
     parts = []

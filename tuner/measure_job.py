@@ -21,7 +21,9 @@ from tuner.inputs import make_inputs
 from tuner.timing import Clock, median, median_interval
 from tuner.worker_main import FatalError
 
-KEEP_SHAPES = 2
+#: Share of the device's memory that kept cases may take, and bytes on the CPU.
+KEEP_SHARE = 0.25
+KEEP_CPU_BYTES = 1 << 30
 _cases: OrderedDict[tuple[Any, ...], Case] = OrderedDict()
 
 
@@ -30,15 +32,20 @@ def _clock(device: str) -> Clock:
     return Clock(device)
 
 
+@functools.cache
+def _keep_bytes(device: str) -> int:
+    return KEEP_CPU_BYTES if device == "cpu" else int(KEEP_SHARE * torch.cuda.get_device_properties(0).total_memory)
+
+
 def _case(name: str, p: Problem, T: int, device: str, seed: int, answer: bool) -> Case:
     """Inputs (and their answer where ``answer``), kept for the next configuration of the same shape."""
     kernel = KERNELS[name]
     key = (name, p, T, device, seed, answer)
     if key not in _cases:
-        while len(_cases) >= KEEP_SHAPES * (len(RAGGED) + 1):
-            _cases.popitem(last=False)
         inputs = make_inputs(kernel, p, T, seed, device)
         _cases[key] = Case(T, inputs, reference_fp64(kernel, p, inputs) if answer else ())
+        while len(_cases) > 1 and sum(case.nbytes for case in _cases.values()) > _keep_bytes(device):
+            _cases.popitem(last=False)
     _cases.move_to_end(key)
     return _cases[key]
 

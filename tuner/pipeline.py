@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tuner.errors import TuneError
 from tuner.hardware import Hardware
 from tuner.measure_job import confirm_job, copy_job, measure_job
 from tuner.search import INFEASIBLE, Result, Search, Task, config_key
-from tuner.timing import median_interval
+from tuner.timing import median, median_interval
 from tuner.workers import WorkerCrash, WorkerError, WorkerPool, WorkerTimeout
 from tuner.writer import ProfileWriter, make_provenance
 
@@ -33,8 +33,10 @@ MEASURE_TIMEOUT_S = 120.0
 CONFIRM_TIMEOUT_S = 240.0
 POLL_S = 0.2
 
-#: Studies whose configurations may be compiled before their turn, and candidates kept under way for each.
-LOOKAHEAD = {"cpu": 6, "gpu": 8}
+#: Studies whose configurations may be compiled before their turn.
+LOOKAHEAD = {"cpu": 6, "gpu": 12}
+#: Measurements handed to the measuring process: the next one starts while this process stores the last.
+MEASURE_DEPTH = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Study:
 
     @property
     def open(self) -> bool:
-        return self.state in ("searching", "confirming")
+        return self.state in ("searching", "confirming", "confirmation under way")
 
 
 class Pipeline:
@@ -87,7 +89,7 @@ class Pipeline:
         self.measured = 0
         self._storage = storage
         self._compiled: dict[tuple[Any, ...], Future[Any]] = {}
-        self._measuring: tuple[Future[Any], Study, dict[str, Any] | None] | None = None
+        self._measuring: deque[tuple[Future[Any], Study, list[dict[str, Any]], bool]] = deque()
         self._last: Study | None = None
         self._start = time.monotonic()
         self._todo = 0
@@ -142,9 +144,10 @@ class Pipeline:
     def run(self) -> None:
         """Tune. Raises KeyboardInterrupt as it comes; what is finished then is written already."""
         hide = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TILELANG_PRINT_ON_COMPILATION": "0"}
-        runner_env = {"TILELANG_PRINT_ON_COMPILATION": "0"}
+        # OpenMP threads that spin lose their core on a busy machine, and then a 20 us cast takes a scheduler's quantum of 8 ms
+        runner_env = {"TILELANG_PRINT_ON_COMPILATION": "0", "OMP_WAIT_POLICY": "passive"}
         with (
-            WorkerPool(self.settings.jobs, env=hide, log=self.settings.log) as self._compilers,
+            WorkerPool(self.settings.jobs, env=hide, log=self.settings.log, nice=10) as self._compilers,
             WorkerPool(1, env=runner_env, log=self.settings.log) as self._runner,
         ):
             self._copy = self._runner.submit(copy_job, self.target, timeout=MEASURE_TIMEOUT_S)
@@ -189,14 +192,14 @@ class Pipeline:
             del self._compiled[study.task.kernel, study.task.p, config_key(cfg)]
 
     def _submit_compiles(self) -> None:
-        if self.exclusive and (self._measuring is not None or any(s.ready for s in self.studies)):
+        if self.exclusive and (self._measuring or any(s.ready or s.state == "confirming" for s in self.studies)):
             return
-        if self.exclusive and any(s.state == "confirming" for s in self.studies):
-            return
-        capacity = 3 * self.settings.jobs if not self.exclusive else 8 * self.settings.jobs
+        capacity = (8 if self.exclusive else 3) * self.settings.jobs
         underway = sum(len(s.compiling) for s in self.studies)
+        # a study that asked for all its trials at once could not learn from any of them
+        batch = max(4, -(-self.settings.trials // 4))
         for study in self._window():
-            while study.state == "searching" and not study.closed and underway < capacity:
+            while study.state == "searching" and not study.closed and underway < capacity and len(study.search.inflight) < batch:
                 cfg = study.search.propose()
                 if cfg is None:
                     break
@@ -215,26 +218,30 @@ class Pipeline:
         return future
 
     def _submit_measure(self) -> None:
-        if self._measuring is not None:
-            return
         if self.exclusive and any(not f.done() for f in self._compiled.values()):
             return
-        waiting = [s for s in self._window() if s.ready or s.state == "confirming"]
-        if not waiting:
-            return
-        # stay with the shape whose inputs and answer the measuring process holds
-        study = self._last if self._last in waiting else waiting[0]
-        assert study is not None
-        self._last = study
-        task, effort, seed = study.task, self.settings.effort, self.settings.seed
-        if study.ready:
-            cfg = study.ready.popleft()
-            args = (task.kernel, task.p, task.T, cfg, self.target, effort, seed, study.search.best_us)
-            self._measuring = (self._runner.submit(measure_job, *args, timeout=MEASURE_TIMEOUT_S), study, cfg)
-        else:
-            cfgs = self._finalists(study)
-            args = (task.kernel, task.p, task.T, cfgs, self.target, effort, seed, self.exclusive)
-            self._measuring = (self._runner.submit(confirm_job, *args, timeout=CONFIRM_TIMEOUT_S), study, None)
+        while len(self._measuring) < MEASURE_DEPTH:
+            waiting = [s for s in self._window() if s.ready or s.state == "confirming"]
+            if not waiting:
+                return
+            # stay with the shape whose inputs and answer the measuring process holds
+            study = self._last if self._last in waiting else waiting[0]
+            assert study is not None
+            self._last = study
+            self._measuring.append(self._measure(study) if study.ready else self._confirm(study))
+
+    def _measure(self, study: Study) -> tuple[Future[Any], Study, list[dict[str, Any]], bool]:
+        task, search, cfg = study.task, study.search, study.ready.popleft()
+        # the default is never cut short: everything is compared with it
+        best_us = None if cfg == search.default else search.best_us
+        args = (task.kernel, task.p, task.T, cfg, self.target, self.settings.effort, self.settings.seed, best_us)
+        return self._runner.submit(measure_job, *args, timeout=MEASURE_TIMEOUT_S), study, [cfg], False
+
+    def _confirm(self, study: Study) -> tuple[Future[Any], Study, list[dict[str, Any]], bool]:
+        study.state = "confirmation under way"
+        task, cfgs = study.task, self._finalists(study)
+        args = (task.kernel, task.p, task.T, cfgs, self.target, self.settings.effort, self.settings.seed, self.exclusive)
+        return self._runner.submit(confirm_job, *args, timeout=CONFIRM_TIMEOUT_S), study, cfgs, True
 
     def _finalists(self, study: Study) -> list[dict[str, Any]]:
         search = study.search
@@ -264,20 +271,19 @@ class Pipeline:
 
     def _wait(self) -> None:
         futures: set[Future[Any]] = {f for s in self.studies for f in s.compiling}
-        if self._measuring is not None:
-            futures.add(self._measuring[0])
+        futures |= {m[0] for m in self._measuring}
+        if not futures:
+            # compiles that nobody waits for any more still keep the cores from timing
+            futures = {f for f in self._compiled.values() if not f.done()}
         if futures:
             wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED)
-        elif self.exclusive:
-            pending = [f for f in self._compiled.values() if not f.done()]
-            wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
-        if self._measuring is not None and self._measuring[0].done():
-            future, study, cfg = self._measuring
-            self._measuring = None
-            if cfg is None:
-                self._confirmed(study, future)
+        while self._measuring and self._measuring[0][0].done():
+            future, study, cfgs, confirmation = self._measuring.popleft()
+            self._submit_measure()
+            if confirmation:
+                self._confirmed(study, cfgs, future)
             else:
-                self._measured(study, cfg, future)
+                self._measured(study, cfgs[0], future)
         for study in self.studies:
             for future in [f for f in study.compiling if f.done()]:
                 self._compiled_one(study, study.compiling.pop(future), future)
@@ -308,9 +314,8 @@ class Pipeline:
         study.search.tell(cfg, result)
         self.measured += 1
 
-    def _confirmed(self, study: Study, future: Future[Any]) -> None:
+    def _confirmed(self, study: Study, cfgs: list[dict[str, Any]], future: Future[Any]) -> None:
         search, task, hardware = study.search, study.task, self.settings.hardware
-        cfgs = self._finalists(study)
         try:
             samples = future.result()
         except WorkerError as e:
@@ -320,11 +325,11 @@ class Pipeline:
         self._finish_copy()
         reference = samples.pop() if self.exclusive else None
         verdict = decide(samples, reference)
-        if config_key(cfgs[0]) != config_key(search.default):
-            # the default does not work on this device: the best that does is no tie
-            order = min(range(len(cfgs)), key=lambda i: sorted(samples[i])[len(samples[i]) // 2])
-            verdict = decide([samples[order]], reference)
-            verdict = type(verdict)(**{**asdict(verdict), "verdict": "win", "chosen": order})
+        if cfgs[0] != search.default:
+            why = search.results[config_key(search.default)][1].reason if config_key(search.default) in search.results else "not measured"
+            self.display.note(f"{task.label}: the default configuration does not work here: {why}")
+            order = min(range(len(cfgs)), key=lambda i: median(samples[i]))
+            verdict = replace(decide([samples[order]], reference), verdict="win", chosen=order)
         cfg = cfgs[verdict.chosen]
         result = search.results[config_key(cfg)][1]
         use_reference = verdict.reference_wins and hardware.is_cpu
@@ -406,6 +411,7 @@ class Pipeline:
                 }
             )
         return {
+            "schema_version": 1,
             "hardware": asdict(self.settings.hardware),
             "copy_gbps": self.copy_gbps,
             "seed": self.settings.seed,

@@ -92,6 +92,8 @@ def run(request: Request) -> int:
     tasks = make_tasks(kernels, workloads, hardware, tokens)
     effort = effort_of(hardware.arch, request.effort)
     folder = _state_folder()
+    log = folder / "workers.log"
+    log.write_bytes(b"")
     url = request.storage or f"sqlite:///{folder / hardware.profile}.db"
     settings = Settings(
         hardware=hardware,
@@ -102,7 +104,7 @@ def run(request: Request) -> int:
         # on a GPU one core stays with the process that launches what is timed
         jobs=request.jobs or max(1, cores() - (0 if hardware.is_cpu else 1)),
         command=request.command,
-        log=folder / "workers.log",
+        log=log,
     )
     console = Console(highlight=False)
     if not console.is_terminal:

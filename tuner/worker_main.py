@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from multiprocessing.connection import Connection
 
@@ -31,4 +32,5 @@ def main(read_fd: int, write_fd: int) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(int(sys.argv[3]))
     main(int(sys.argv[1]), int(sys.argv[2]))

@@ -38,11 +38,11 @@ class WorkerTimeout(WorkerError):
 class _Process:
     """One worker process and the pipe to it."""
 
-    def __init__(self, env: Mapping[str, str], log: Path | None) -> None:
+    def __init__(self, env: Mapping[str, str], log: Path | None, nice: int) -> None:
         ours, theirs = os.pipe(), os.pipe()
         read_end, write_end = ours[0], theirs[1]
         full = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-        command = [sys.executable, "-m", "tuner.worker_main", str(theirs[0]), str(ours[1])]
+        command = [sys.executable, "-m", "tuner.worker_main", str(theirs[0]), str(ours[1]), str(nice)]
         stream = open(log, "ab") if log is not None else subprocess.DEVNULL  # noqa: SIM115  (handed to the child, closed below)
         try:
             self.popen = subprocess.Popen(
@@ -105,11 +105,14 @@ class _Process:
 
 
 class WorkerPool:
-    """``size`` worker processes, started on their first job. Lower ``priority`` runs first, then first come first served."""
+    """``size`` worker processes, started on their first job. Lower ``priority`` runs first, then first come first served.
 
-    def __init__(self, size: int, env: Mapping[str, str] | None = None, log: Path | None = None) -> None:
+    ``env`` is added to this process's environment, ``log`` receives their output (else it is dropped), ``nice`` is their niceness.
+    """
+
+    def __init__(self, size: int, env: Mapping[str, str] | None = None, log: Path | None = None, nice: int = 0) -> None:
         self.size = size
-        self._env, self._log = dict(env or {}), log
+        self._env, self._log, self._nice = dict(env or {}), log, nice
         self._jobs: queue.PriorityQueue[tuple[float, int, tuple[Any, ...] | None]] = queue.PriorityQueue()
         self._ticket = itertools.count()
         self._processes: dict[int, _Process] = {}
@@ -150,7 +153,7 @@ class WorkerPool:
             self._drop(index)
             process = None
         if process is None:
-            process = _Process(self._env, self._log)
+            process = _Process(self._env, self._log, self._nice)
             with self._lock:
                 self._processes[index] = process
                 if self._closed:
