@@ -27,9 +27,19 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss of every run above, gradient norm below, over the same steps. ``result``: what train_lm.py writes as JSON."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(3, 1), layout="constrained")
-    for run in result["runs"]:
+    """Loss of every run, its distance to the plain residual's where there is one, and the gradient norm, over the same steps.
+
+    ``result``: what train_lm.py writes as JSON.
+    """
+    runs = result["runs"]
+    plain = next((run["loss"] for run in runs if run["residual"] == "plain"), None)
+    compared = plain is not None and len(runs) > 1
+    ratios = (3, 1, 1) if compared else (3, 1)
+    figure, panels = plt.subplots(
+        len(ratios), 1, figsize=(8, 2 + 1.6 * sum(ratios)), sharex=True, height_ratios=ratios, layout="constrained"
+    )
+    top, bottom = panels[0], panels[-1]
+    for run in runs:
         label, color = LOOK[run["residual"]]
         steps = range(1, len(run["loss"]) + 1)
         val = f", validation {run['val'][-1][1]:.3f}" if run["val"] else ""
@@ -37,18 +47,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
         top.plot(steps, smooth(run["loss"]), color=color, linewidth=1.8, label=f"{label}{val}, {run['median_step_ms']:.1f} ms/step")
         if run["val"]:
             top.plot(*zip(*run["val"], strict=True), linestyle="none", marker="o", markersize=4, markerfacecolor="white", color=color)
+        if compared:
+            # the same batches in the same order: what is left after the subtraction is the residual connection's doing
+            gap = [mine - theirs for mine, theirs in zip(run["loss"], plain, strict=False)]
+            panels[1].plot(steps[: len(gap)], gap, color=color, alpha=0.2, linewidth=0.8)
+            panels[1].plot(steps[: len(gap)], smooth(gap), color=color, linewidth=1.6)
         bottom.plot(steps, run["grad_norm"], color=color, linewidth=1.0)
     options = result["options"]
     shape = f"{options['layers']} layers, C = {options['dim']}, n = {options['n']}, {options['batch']} x {options['seq']} bytes a step"
-    top.set_title(
-        f"Byte-level GPT on Python's standard library\n{result['hardware']}, {result['stream_dtype']} streams, {shape}", fontsize=10
-    )
+    where = f"{result['hardware']}, {result['stream_dtype']} streams"
+    top.set_title(f"Byte-level GPT on Python's standard library\n{where}, {shape}", fontsize=10)
     top.set_ylabel("cross-entropy (nats per byte)")
     top.legend(title="line: training, smoothed (raw: faint); circles: validation", title_fontsize=8, fontsize=9, frameon=False)
+    if compared:
+        panels[1].set_ylabel("loss minus plain\n(nats per byte)")
     bottom.set_ylabel("gradient norm\nbefore clipping")
     bottom.set_yscale("log")
     bottom.set_xlabel("step")
-    for axis in (top, bottom):
+    for axis in panels:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -1,11 +1,11 @@
 """Train a small byte-level GPT on the Python standard library's own sources, with one of three residual connections.
 
-    python examples/train_lm.py --residual all                  # plain, hc and mhc, one after the other: about 1 to 1.5 minutes each on an H100
-    python examples/train_lm.py --residual mhc --tiny           # under a minute on a 2-core CPU, compilation of the kernels included
+    python examples/train_lm.py --residual all            # plain, hc and mhc, one after the other: 1 to 1.5 minutes each on an H100
+    python examples/train_lm.py --residual mhc --tiny     # under a minute on a 2-core CPU, compilation of the kernels included
 
-``plain`` is x + f(x). ``hc`` is Hyper-Connections without a constraint (arXiv 2409.19606), in plain PyTorch below. ``mhc`` is this project's
-module with its tuned kernels: look for ``mhc.`` to see all that a model has to change. Shared weights, data and data order are the same for
-the three. Writes losses.json and losses.png into ``--out``.
+``plain`` is x + f(x). ``hc`` is Hyper-Connections without a constraint (arXiv 2409.19606), in plain PyTorch below. ``mhc`` is this
+project's module with its tuned kernels: look for ``mhc.`` to see all that a model has to change. Shared weights, data and data order are
+the same for the three. Writes losses.json and losses.png into ``--out``.
 """
 
 from __future__ import annotations
@@ -413,8 +413,8 @@ def main(argv: list[str] | None = None) -> int:
     if "mhc" in names:
         profile = describe_profile(args)
         served = profile["kernels"] - profile["origins"].get("default", 0)
-        console.print(f"profile {profile['name']}: serves {served} of {profile['kernels']} kernels {profile['origins']}, run by {profile['impls']}",
-                      soft_wrap=True, highlight=False)  # fmt: skip
+        how = f"serves {served} of {profile['kernels']} kernels {profile['origins']}, run by {profile['impls']}"
+        console.print(f"tuned profile: {profile['name']}; {how}", soft_wrap=True, highlight=False)
     runs: list[Log] = []
     for name in names:
         runs.append(train(name, corpus, args, console))

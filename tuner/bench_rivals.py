@@ -86,8 +86,8 @@ def plain_boundary(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, order: st
 def expected(case: Case, rival: Rival) -> dict[str, Tensor]:
     """y and the gradients in float64, with the Sinkhorn order and the rounding of fn that the rival has by design."""
     fn = case.fn.to(case.x.dtype) if rival.rounds_fn else case.fn
-    leaves = tuple(t.detach().double().requires_grad_() for t in (case.x, fn, case.base, case.scale))
-    y = plain_boundary(*leaves, order=rival.order)
+    leaves = x, fn, base, scale = _require_grad(case.x.double(), fn.double(), case.base.double(), case.scale.double())
+    y = plain_boundary(x, fn, base, scale, rival.order)
     grads = torch.autograd.grad(y, leaves, case.dy.double())
     return {"y": y.detach(), **dict(zip(GRADIENTS, grads, strict=True))}
 
@@ -96,8 +96,9 @@ def _own_layout(grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(GRADIENTS, grads, strict=True))
 
 
-def _leaves(case: Case) -> tuple[Tensor, ...]:
-    return tuple(t.detach().requires_grad_() for t in (case.x, case.fn, case.base, case.scale))
+def _require_grad(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Leaves of their own on the same memory."""
+    return x.detach().requires_grad_(), fn.detach().requires_grad_(), base.detach().requires_grad_(), scale.detach().requires_grad_()
 
 
 def _ours(case: Case) -> Boundary:
@@ -119,20 +120,20 @@ def _ours(case: Case) -> Boundary:
 
 
 def _eager(case: Case) -> Boundary:
-    leaves = _leaves(case)
-    return Boundary(lambda: plain_boundary(*leaves), leaves, _own_layout)
+    leaves = x, fn, base, scale = _require_grad(case.x, case.fn, case.base, case.scale)
+    return Boundary(lambda: plain_boundary(x, fn, base, scale), leaves, _own_layout)
 
 
 def _compiled(case: Case) -> Boundary:
-    leaves = _leaves(case)
+    leaves = x, fn, base, scale = _require_grad(case.x, case.fn, case.base, case.scale)
     compiled = torch.compile(plain_boundary, fullgraph=True, dynamic=False)
-    return Boundary(lambda: compiled(*leaves), leaves, _own_layout)
+    return Boundary(lambda: compiled(x, fn, base, scale), leaves, _own_layout)
 
 
 def _liger(case: Case) -> Boundary:
     from liger_kernel.transformers.functional import liger_mhc_coeffs, liger_mhc_post_res, liger_mhc_pre
 
-    _, n, C = case.sizes
+    n = case.x.shape[1]
     device, dtype = case.x.device, case.x.dtype
     # its rows of H_res are stored [target, source], ours [source, target]; each index is its own inverse
     swap = torch.cat([torch.arange(2 * n), 2 * n + torch.arange(n * n).view(n, n).T.flatten()]).to(device)
