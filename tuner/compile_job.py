@@ -31,16 +31,19 @@ def compile_job(name: str, p: Problem, cfg: Config, target: str) -> dict[str, An
         if _shared_bound(func, cfg) > limit:
             shared = lowered_shared_bytes(kernel, func, cfg, target)
             if shared > limit:
-                reason = f"{shared} bytes of shared memory, {target} has {limit}"
-                return {"seconds": time.perf_counter() - start, "shared_bytes": shared, "infeasible": reason}
+                return {"seconds": time.perf_counter() - start, "shared_bytes": shared, "infeasible": _too_much(shared, limit)}
     jit = compile_kernel(kernel, p, cfg, target)
     artifact = getattr(jit, "artifact", None)  # None on a cache hit
     if limit is not None and shared is None and artifact is not None:
         shared = _device_shared_bytes(artifact)
-    reason = None
+    reason: str | None = None
     if limit is not None and shared is not None and shared > limit:
-        reason = f"{shared} bytes of shared memory, {target} has {limit}"
+        reason = _too_much(shared, limit)
     return {"seconds": time.perf_counter() - start, "shared_bytes": shared, "infeasible": reason}
+
+
+def _too_much(shared: int, limit: int) -> str:
+    return f"{shared} bytes of shared memory, a block has {limit}"
 
 
 def _shared_bound(func: Any, cfg: Config) -> int:

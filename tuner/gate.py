@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -27,6 +28,17 @@ PAD = 64
 
 #: Bytes of float64 working set one chunk of the reference may take.
 CHUNK_BYTES = 2 << 30
+
+
+class Runnable(Protocol):
+    """What the gate needs of a :class:`tl_kernels.launch.Launcher`."""
+
+    kernel: Kernel
+    p: Problem
+
+    def empty_outputs(self, T: int, device: torch.device) -> list[torch.Tensor]: ...
+
+    def __call__(self, *inputs: torch.Tensor, out: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]: ...
 
 
 class GateError(Exception):
@@ -85,7 +97,7 @@ def _guarded(template: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return flat[: template.numel()].view(template.shape), flat[template.numel() :]
 
 
-def _run(launcher, case: Case) -> tuple[torch.Tensor, ...]:
+def _run(launcher: Runnable, case: Case) -> tuple[torch.Tensor, ...]:
     guarded = [_guarded(t) for t in launcher.empty_outputs(case.T, case.inputs[0].device)]
     results = launcher(*case.inputs, out=[out for out, _ in guarded])
     for tensor, (_, pad) in zip(launcher.kernel.outputs, guarded, strict=True):
@@ -94,7 +106,7 @@ def _run(launcher, case: Case) -> tuple[torch.Tensor, ...]:
     return results
 
 
-def check(launcher, case: Case) -> dict[str, float]:
+def check(launcher: Runnable, case: Case) -> dict[str, float]:
     """Relative error per output for one case. Raises :class:`GateError` when one is over its tolerance or not repeatable."""
     kernel, p = launcher.kernel, launcher.p
     results = _run(launcher, case)

@@ -9,21 +9,22 @@ import torch
 
 from tl_kernels.spec import Kernel, Problem
 
-Make = Callable[[torch.Generator, tuple[int, ...], torch.device, Problem], torch.Tensor]
+Shape = tuple[int, ...]
+Make = Callable[[torch.Generator, Shape, torch.device, Problem], torch.Tensor]
 
 
-def _normal(generator, shape, device, p):
+def _normal(generator: torch.Generator, shape: Shape, device: torch.device, p: Problem) -> torch.Tensor:
     return torch.randn(shape, generator=generator, device=device)
 
 
 def _uniform(low: float, high: float) -> Make:
-    def make(generator, shape, device, p):
+    def make(generator: torch.Generator, shape: Shape, device: torch.device, p: Problem) -> torch.Tensor:
         return torch.rand(shape, generator=generator, device=device) * (high - low) + low
 
     return make
 
 
-def _phi(generator, shape, device, p):
+def _phi(generator: torch.Generator, shape: Shape, device: torch.device, p: Problem) -> torch.Tensor:
     # keeps z = phi x at the scale of the logits a trained model has
     return torch.randn(shape, generator=generator, device=device) / p.K**0.5
 

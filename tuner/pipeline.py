@@ -10,6 +10,7 @@ import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Pipeline:
         self._todo = 0
         self.studies: list[Study] = []
         for task in tasks:
-            search = Search(task, storage, settings.trials, settings.seed, hints=lambda t=task: self._hints(t))
+            search = Search(task, storage, settings.trials, settings.seed, hints=partial(self._hints, task))
             self.studies.append(Study(search, len(self.studies)))
 
     # -- what each study may try -------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ class Pipeline:
 
     def _measured(self, study: Study, cfg: dict[str, Any], future: Future[Any]) -> None:
         info = study.meta.get(config_key(cfg), {})
-        about = {"compile_s": info.get("seconds"), "shared_bytes": info.get("shared_bytes")}
+        about: dict[str, Any] = {"compile_s": info.get("seconds"), "shared_bytes": info.get("shared_bytes")}
         try:
             result = Result(**future.result(), **about)
         except WorkerError as e:

@@ -101,7 +101,7 @@ class Search:
         storage: optuna.storages.BaseStorage,
         trials: int,
         seed: int,
-        hints: Callable[[], Iterable[Config]] = lambda: (),
+        hints: Callable[[], Iterable[dict[str, Any]]] = lambda: (),
     ) -> None:
         kernel, p = task.spec, task.p
         self.task, self.trials = task, trials

@@ -43,7 +43,7 @@ class _Process:
         read_end, write_end = ours[0], theirs[1]
         full = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         command = [sys.executable, "-m", "tuner.worker_main", str(theirs[0]), str(ours[1]), str(nice)]
-        stream = open(log, "ab") if log is not None else subprocess.DEVNULL  # noqa: SIM115  (handed to the child, closed below)
+        stream = open(log if log is not None else os.devnull, "ab")  # noqa: SIM115  (handed to the child, closed below)
         try:
             self.popen = subprocess.Popen(
                 command,
@@ -57,8 +57,7 @@ class _Process:
         finally:
             os.close(theirs[0])
             os.close(ours[1])
-            if stream is not subprocess.DEVNULL:
-                stream.close()
+            stream.close()
         self._in = Connection(read_end, writable=False)
         self._out = Connection(write_end, readable=False)
         self._receive(START_TIMEOUT_S)
