@@ -104,11 +104,13 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 def _autograd_reachable() -> Iterator[None]:
     # an operator's implementation runs below autograd; the reference's backwards differentiate their forward, so they need it back
     include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)), torch.autocast("cpu", enabled=False):
+    with torch._C._ForceDispatchKeyGuard(include, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)):
         yield
 
 
-def run_reference(name: str, args: tuple[torch.Tensor, ...], options: dict[str, Any], dtypes: list[torch.dtype]) -> tuple[torch.Tensor, ...]:
+def run_reference(
+    name: str, args: tuple[torch.Tensor, ...], options: dict[str, Any], dtypes: list[torch.dtype]
+) -> tuple[torch.Tensor, ...]:
     """The reference at float32, whatever the streams are; each result rounded once, to its entry of ``dtypes``."""
     device = args[0].device.type
     with _autograd_reachable(), torch.autocast(device, enabled=False):

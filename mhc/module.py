@@ -64,7 +64,7 @@ class Float32Parameters(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)
-        super()._apply(move, recurse=False)  # type: ignore[no-untyped-call]
+        super()._apply(move, recurse=False)
         return self
 
     def float32_parameter(self, *shape: int, device: Any, dtype: torch.dtype) -> nn.Parameter:

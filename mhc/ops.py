@@ -33,7 +33,10 @@ class _Plan:
         self.tokens = size["T"]
         stream = args[signature.anchor].dtype
         self.dtypes = [stream if t.dtype == "stream" else torch.float32 for t in signature.outputs]
-        self.kernel = self.target = self.choice = self.launcher = None
+        self.kernel: Any = None
+        self.choice: Any = None
+        self.launcher: Any = None
+        self.target = ""
         if backend.serves_tilelang(mode, args[0].device):
             from tl_kernels import KERNELS
             from tl_kernels.launch import device_arch
@@ -110,18 +113,18 @@ def _autograd(forward: Signature, backward: Signature) -> tuple[Callable[..., An
     """``backward`` and ``setup_context`` for register_autograd: the backward operator, on what its signature asks for."""
     grads = len(forward.outputs)
     in_names = [t.name for t in forward.inputs]
-    out_names = [t.name for t in forward.outputs]
     saved_names = [t.name for t in backward.inputs[grads:]]
+    # where setup_context finds them in (*inputs, *options, *outputs)
+    everything = [*in_names, *forward.options, *(t.name for t in forward.outputs)]
+    saved_at = [everything.index(name) for name in saved_names]
     option_at = [len(in_names) + list(forward.options).index(k) for k in backward.options]
     padding = (None,) * len(forward.options)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
+        every = (*inputs, *output) if isinstance(output, tuple) else (*inputs, output)
         ctx.set_materialize_grads(False)
         ctx.options = [inputs[k] for k in option_at]
-        ctx.save_for_backward(
-            *(inputs[in_names.index(name)] if name in in_names else outputs[out_names.index(name)] for name in saved_names)
-        )
+        ctx.save_for_backward(*[every[k] for k in saved_at])
 
     def run(ctx: Any, *grad: torch.Tensor | None) -> Any:
         if all(g is None for g in grad):
@@ -129,8 +132,8 @@ def _autograd(forward: Signature, backward: Signature) -> tuple[Callable[..., An
         saved = ctx.saved_tensors
         if None in grad:
             like = dict(zip(saved_names, saved, strict=True))
-            size = forward.sizes([like[name] for name in in_names])
-            zeros = forward.empty([like[name] for name in in_names], size)
+            inputs = [like[name] for name in in_names]
+            zeros = forward.empty(inputs, forward.sizes(inputs))
             grad = tuple(z.zero_() if g is None else g for g, z in zip(grad, zeros, strict=True))
         out = getattr(torch.ops.mhc, backward.name).default(*grad, *saved, *ctx.options)
         return (*(out if isinstance(out, tuple) else (out,)), *padding)

@@ -114,7 +114,12 @@ class Signature:
 
 
 def _pair(
-    name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], bwd_options: tuple[str, ...] = (), **options: Any
+    name: str,
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
+    bwd_options: tuple[str, ...] = (),
+    **options: Any,
 ) -> tuple[Signature, Signature]:
     """A forward, and its backward: gradients of the outputs and what is ``saved`` in, gradients of the inputs out."""
     kept = {k: options[k] for k in bwd_options}
