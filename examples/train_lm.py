@@ -396,6 +396,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 no usable data or an output that cannot be written, 130 after Ctrl-C."""
     args = parse(argv)
+    if args.tiny and args.device.type == "cpu":
+        torch.set_num_threads(1)  # tensors this small gain nothing from more, and on a busy machine threads that wait for each other lose
     console = Console()
     command = shlex.join(["python", "examples/train_lm.py", *(sys.argv[1:] if argv is None else argv)])
     try:
