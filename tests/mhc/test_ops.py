@@ -217,6 +217,53 @@ def test_compiles_without_graph_break(name, device):
     assert all(torch.equal(g, w) for g, w in zip((*got, *grads), (*want, *wanted), strict=True))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_meta_tensors_give_shapes_and_dtypes(name, requires_grad):
+    args = [a.to("meta").requires_grad_(requires_grad) for a in make_inputs(name, dtype=torch.bfloat16)]
+    with mhc.use_backend("reference"):
+        want = as_tuple(op(name)(*make_inputs(name, dtype=torch.bfloat16)))
+    got = as_tuple(op(name)(*args))
+    assert [(g.device.type, g.shape, g.dtype) for g in got] == [("meta", w.shape, w.dtype) for w in want]
+
+
+def test_dispatch_modes_see_the_operators(device):
+    """Selective checkpointing and profilers work by such modes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    x, H_pre = (a.requires_grad_() for a in make_inputs("pre", device=device))
+    with Seen():
+        u = torch.ops.mhc.pre(x, H_pre)
+    assert names == ["mhc::pre"]
+    assert u.requires_grad
+
+
+def test_functorch_gradients_are_refused(device):
+    """As for every operator of torch.library; an error, not wrong numbers."""
+    x, H_pre = make_inputs("pre", device=device)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda v: torch.ops.mhc.pre(v, H_pre).sum())(x)
+
+
+def test_vmap(device):
+    x, H_pre = make_inputs("pre", T=6, device=device)
+    got = torch.func.vmap(torch.ops.mhc.pre)(x.view(2, 3, 4, 64), H_pre.view(2, 3, 4))
+    assert torch.equal(got.view(6, 64), torch.ops.mhc.pre(x, H_pre))
+
+
+def test_inference_mode(device):
+    args = make_inputs("post_res", device=device)
+    with torch.inference_mode():
+        got = torch.ops.mhc.post_res(*args)
+    assert torch.equal(got, torch.ops.mhc.post_res(*args))
+
+
 def test_a_new_token_count_does_not_recompile(device):
     """T is dynamic in the kernels and in the graph."""
     graphs = []
