@@ -1,0 +1,92 @@
+"""The command line from outside: help, one-line errors with exit code 2, Ctrl-C, and one real tuning run on the CPU target."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mhc.profile import read_profile
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
+
+
+def mhc_tune(folder, *args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "tuner.cli", *args], cwd=folder, env={**environment(), **env}, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_help_teaches(tmp_path):
+    done = mhc_tune(tmp_path, "--help")
+    assert done.returncode == 0
+    for text in ("--gpu", "--kernels", "--time-limit", "--storage", "Ctrl-C", "mhc-tune --gpu h100", "Examples"):
+        assert text in done.stdout, text
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--gpu", "h100"], "--gpu h100: "),
+        (["--kernels", "post_ress"], "did you mean 'post_res'"),
+        (["--workloads", "mhc-27"], "did you mean 'mhc-27b'"),
+        (["--tokens", "many"], "--tokens: got 'many'"),
+        (["--gpu", "cpu", "--output", "."], "is a folder"),
+        (["--gpu", "cpu", "--storage", "nowhere://x"], "--storage nowhere://x: cannot be opened"),
+        (["--workloads-file", "bad.yaml"], "bad.yaml"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, args, said):
+    (tmp_path / "bad.yaml").write_text("mhc-3b: {n: 4, C: [}\n")
+    done = mhc_tune(tmp_path, *args)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("mhc-tune: ")
+
+
+def test_a_missing_compiler_is_one_line_and_exit_code_2(tmp_path):
+    done = mhc_tune(tmp_path, "--gpu", "cpu", PATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "g++" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_real_run_writes_a_profile_and_a_second_one_measures_nothing_new(tmp_path):
+    args = ("--gpu", "cpu", "--kernels", "pre", "--workloads", "mhc-3b", "--trials", "2", "--raw", "raw.json")
+    done = mhc_tune(tmp_path, *args)
+    assert done.returncode == 0, done.stderr
+    (entry,) = read_profile(tmp_path / "configs" / "cpu.yaml").entries
+    assert (entry.kernel, entry.n, entry.C, entry.tokens) == ("pre", 4, 1280, 64)
+    assert 0 < entry.error["u"] < 4e-3
+    assert "2 configurations measured" in done.stdout
+    assert (tmp_path / "raw.json").is_file()
+    again = mhc_tune(tmp_path, *args)
+    assert again.returncode == 0, again.stderr
+    assert "0 configurations measured" in again.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    command = [sys.executable, "-m", "tuner.cli", "--gpu", "cpu", "--kernels", "pre,pre_bwd,post_res", "--trials", "2", "--jobs", "1"]
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while not (tmp_path / "configs" / "cpu.yaml").exists():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "interrupted" in out
+    assert "run the same command again" in out
+    assert "Traceback" not in out + err
+    assert read_profile(tmp_path / "configs" / "cpu.yaml").entries

@@ -1,0 +1,98 @@
+"""tuner/gate.py: no wrong numbers get past it."""
+
+import pytest
+import torch
+
+from tl_kernels import KERNELS
+from tuner.gate import Case, GateError, check, reference_fp64, relative_error
+from tuner.inputs import make_inputs
+
+KERNEL = KERNELS["pre_bwd"]
+
+
+class Fake:
+    """A launcher that computes the reference in float32 and then does what ``fault`` says to the raw outputs."""
+
+    def __init__(self, fault=lambda out: None, dtype="bfloat16", C=96):
+        self.kernel, self.p = KERNEL, KERNEL.problem(4, C, dtype)
+        self.fault, self.calls = fault, 0
+
+    def empty_outputs(self, T, device):
+        return [torch.empty(t.shape(self.p, T), dtype=getattr(torch, t.dtype_name(self.p)), device=device) for t in KERNEL.outputs]
+
+    def __call__(self, *inputs, out):
+        self.calls += 1
+        for o, value in zip(out, KERNEL.reference(*(t.float() for t in inputs)), strict=True):
+            o.copy_(value)
+        self.fault(out)
+        return tuple(out)
+
+
+def case(fake, T=37):
+    inputs = make_inputs(KERNEL, fake.p, T, seed=0)
+    return Case(T, inputs, reference_fp64(KERNEL, fake.p, inputs))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("T", [1, 37])
+def test_right_numbers_pass_and_their_errors_are_named(dtype, T):
+    fake = Fake(dtype=dtype)
+    errors = check(fake, case(fake, T))
+    assert set(errors) == {"dx", "dH_pre"}
+    assert 0 <= errors["dH_pre"] < 1e-6
+
+
+def test_a_planted_wrong_kernel_is_caught():
+    def off_by_a_percent(out):
+        out[0].mul_(1.01)
+
+    fake = Fake(off_by_a_percent)
+    with pytest.raises(GateError, match=r"dx: relative error 1\.\d+e-02 at T=37, wanted at most 4e-03"):
+        check(fake, case(fake))
+
+
+def test_an_unwritten_tail_is_caught():
+    def tail(out):
+        out[1][-1].fill_(float("nan"))  # what a program that skips the last token leaves of the poison
+
+    fake = Fake(tail)
+    with pytest.raises(GateError, match="dH_pre: 4 of 148 elements unwritten or NaN"):
+        check(fake, case(fake))
+
+
+def test_a_write_past_the_end_is_caught():
+    def past(out):
+        torch.as_strided(out[1], (1,), (1,), out[1].numel()).fill_(0.0)
+
+    fake = Fake(past)
+    with pytest.raises(GateError, match="dH_pre: written past its end"):
+        check(fake, case(fake))
+
+
+def test_a_result_that_changes_from_run_to_run_is_caught():
+    def drift(out):
+        out[1].view(-1)[0] += 1e-6 * fake.calls
+
+    fake = Fake(drift)
+    with pytest.raises(GateError, match="dH_pre: two runs on the same inputs differ"):
+        check(fake, case(fake))
+
+
+def test_tf32_precision_does_not_pass_for_float32():
+    def truncate(out):
+        out[1].copy_(out[1].to(torch.float16).float())
+
+    fake = Fake(truncate)
+    with pytest.raises(GateError, match="dH_pre: relative error"):
+        check(fake, case(fake))
+
+
+@pytest.mark.parametrize("name", ["post_res_bwd", "project_bwd", "activate_bwd"])
+def test_the_chunked_reference_equals_the_whole_one(name):
+    kernel = KERNELS[name]
+    p = kernel.problem(4, 64)
+    inputs = make_inputs(kernel, p, 37, seed=1)
+    whole, chunked = (reference_fp64(kernel, p, inputs, chunk_bytes=b) for b in (1 << 40, 1))
+    for tensor, a, b in zip(kernel.outputs, whole, chunked, strict=True):
+        assert a.dtype is torch.float64
+        assert relative_error(b, a) < 1e-12, tensor.name

@@ -1,0 +1,65 @@
+"""tuner/workers.py: a job's fault stays with its job."""
+
+import operator
+import os
+import signal
+import time
+
+import pytest
+
+from tuner.workers import WorkerCrash, WorkerError, WorkerPool, WorkerTimeout
+
+
+@pytest.fixture
+def pool():
+    with WorkerPool(1) as pool:
+        yield pool
+
+
+def test_results_come_back_and_one_process_serves_many_jobs(pool):
+    pids = {pool.submit(os.getpid, timeout=30).result() for _ in range(3)}
+    assert len(pids) == 1
+    assert pool.submit(operator.add, 2, 3, timeout=30).result() == 5
+
+
+@pytest.mark.parametrize(("job", "args", "said"), [(os._exit, (3,), "exit code 3"), (signal.raise_signal, (signal.SIGSEGV,), "SIGSEGV")])
+def test_a_crash_names_its_cause_and_the_pool_goes_on(pool, job, args, said):
+    with pytest.raises(WorkerCrash, match=said):
+        pool.submit(job, *args, timeout=30).result()
+    assert pool.submit(operator.add, 2, 3, timeout=30).result() == 5
+
+
+def test_a_hang_is_killed_after_its_limit_and_the_pool_goes_on(pool):
+    pool.submit(os.getpid, timeout=30).result()
+    start = time.monotonic()
+    with pytest.raises(WorkerTimeout, match="within 1 s"):
+        pool.submit(time.sleep, 60, timeout=1).result()
+    assert time.monotonic() - start < 10
+    assert pool.submit(operator.add, 2, 3, timeout=30).result() == 5
+
+
+def test_an_exception_arrives_as_one_line(pool):
+    with pytest.raises(WorkerError, match="ZeroDivisionError: division by zero"):
+        pool.submit(operator.truediv, 1, 0, timeout=30).result()
+
+
+def test_lower_priority_runs_first(pool):
+    blocker = pool.submit(time.sleep, 0.5, timeout=30)
+    order = []
+    for priority in (3.0, 1.0, 2.0):
+        pool.submit(operator.add, 0, 0, timeout=30, priority=priority).add_done_callback(lambda _, p=priority: order.append(p))
+    blocker.result()
+    pool.submit(operator.add, 0, 0, timeout=30, priority=9.0).result()
+    assert order == [1.0, 2.0, 3.0]
+
+
+def test_closing_kills_what_still_runs():
+    pool = WorkerPool(1)
+    pid = pool.submit(os.getpid, timeout=30).result()
+    pool.submit(time.sleep, 60, timeout=90)
+    time.sleep(0.2)
+    start = time.monotonic()
+    pool.close()
+    assert time.monotonic() - start < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
