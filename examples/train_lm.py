@@ -190,7 +190,7 @@ class Corpus:
             raise ValueError(f"--data {self.folder}: the {part} part has {len(data)} bytes, wanted more than --seq {seq} + 1")
         draw, window = torch.Generator().manual_seed(seed), torch.arange(seq + 1, device=data.device)
         while True:
-            start = torch.randint(len(data) - seq - 1, (batch, 1), generator=draw).to(data.device)
+            start = torch.randint(len(data) - seq - 1, (batch, 1), generator=draw).to(data.device, non_blocking=True)
             chunk = data[start + window].long()
             yield chunk[:, :-1], chunk[:, 1:]
 

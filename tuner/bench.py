@@ -175,8 +175,11 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 def bench_boundary(case: Case, names: Sequence[str], rounds: int, sampler: Sampler) -> tuple[list[dict[str, Any]], float]:
     """The rows of the rivals, ``times`` without shares yet, and copy bandwidth in GB/s, all from the same rounds."""
     device = case.x.device
-    entrants = [Entrant(name, RIVALS[name], case) for name in names]
-    source = torch.zeros(1 << 30 if device.type == "cuda" else 64 << 20, dtype=torch.uint8, device=device)
+    entrants = []
+    for name in names:
+        print(f"compiling and checking {RIVALS[name].label}", file=sys.stderr, flush=True)
+        entrants.append(Entrant(name, RIVALS[name], case))
+    source = torch.empty(1 << 30 if device.type == "cuda" else 64 << 20, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     keyed: list[tuple[dict[str, Any], str, tuple[Call, int, bool]]] = [({}, "copy", (lambda: target.copy_(source), 1, True))]
     keyed += [(e.row["times"], key, call) for e in entrants for key, call in e.calls.items()]
@@ -236,7 +239,7 @@ def versions() -> dict[str, str | None]:
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure what ``args`` asks for. Raises TuneError for a device that is not there."""
-    hardware = resolve(args.device)
+    hardware = resolve(args.gpu)
     device = torch.device("cuda", torch.cuda.current_device()) if not hardware.is_cpu else torch.device("cpu")
     if args.profile:
         profile.load_profile(args.profile)
@@ -291,7 +294,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=4, choices=range(1, 9), help="streams, default 4")
     parser.add_argument("--dim", type=_positive, default=2560, help="C, default 2560")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(TOLERANCE))
-    parser.add_argument("--device", default="auto", help="auto, cpu, or a GPU such as h100 that must be this machine's; default auto")
+    parser.add_argument("--gpu", default="auto", help="auto, cpu, or a GPU such as h100 that must be this machine's; default auto")
     parser.add_argument("--rivals", type=_names, default=list(RIVALS), help=f"some of {','.join(RIVALS)}; default all")
     parser.add_argument("--no-kernels", action="store_true", help="leave out the table of the single kernels")
     parser.add_argument("--rounds", type=_positive, help="samples of each; default 50, on the CPU 7")
@@ -302,11 +305,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where ours failed or differs from float64; 2 for what the user must change."""
+    """Returns the exit status: 0; 1 where ours failed or differs from float64; 2 for what the user must change; 130 after Ctrl-C."""
     args = parse(argv)
     command = shlex.join(["python", "-m", "tuner.bench", *(sys.argv[1:] if argv is None else argv)])
     try:
-        out = args.out or Path("results") / resolve(args.device).profile
+        out = args.out or Path("results") / resolve(args.gpu).profile
         out.mkdir(parents=True, exist_ok=True)
         result = run(args, command)
         (out / "boundary.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -318,6 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"--out {args.out}: cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing written", file=sys.stderr)
+        return 130
     print(f"wrote {out}/boundary.json, .md and .png\n")
     print(markdown(result), end="")
     ours = [row for row in result["rows"] if row["rival"] == "ours"]

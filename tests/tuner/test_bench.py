@@ -16,7 +16,7 @@ from tuner import bench
 from tuner.bench_rivals import GRADIENTS, RIVALS, Case, Rival, expected, plain_boundary
 
 CPU = torch.device("cpu")
-TINY = "--device cpu --tokens 8 --dim 32 --n 2 --rounds 3"
+TINY = "--gpu cpu --tokens 8 --dim 32 --n 2 --rounds 3"
 
 
 def tiny(dtype: torch.dtype = torch.float32, n: int = 3) -> Case:
@@ -38,7 +38,7 @@ def test_result_says_what_was_measured_where_and_how(result):
     data = result["json"]
     assert data["hardware"]["name"]
     assert data["versions"]["torch"] == torch.__version__
-    assert data["command"].startswith("python -m tuner.bench --device cpu --tokens 8")
+    assert data["command"].startswith("python -m tuner.bench --gpu cpu --tokens 8")
     assert data["method"] == "cpu"
     assert data["case"]["dtype"] == "bfloat16"
     assert [row["rival"] for row in data["rows"]] == ["ours", "eager"]
@@ -191,7 +191,7 @@ def test_bad_arguments(capsys, arguments, complaint):
 
 
 def test_another_gpu_is_one_line(capsys):
-    assert bench.main(["--device", "no-such-gpu"]) == 2
+    assert bench.main(["--gpu", "no-such-gpu"]) == 2
     assert capsys.readouterr().err.startswith("--gpu no-such-gpu: found ")
 
 
