@@ -7,6 +7,7 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.spec import Kernel, Tensor
+from tl_kernels.tiles import everywhere
 
 ACC = "float32"
 
@@ -84,6 +85,7 @@ def build_bwd(p, cfg):
             dalpha_T3 = T.alloc_fragment((bt, 3), ACC)
             db_M = T.alloc_fragment((M,), ACC)
             dalpha_3 = T.alloc_fragment((3,), ACC)
+            T.annotate_layout({db_M: everywhere(M, bt), dalpha_3: everywhere(3, bt)})
             T.clear(db_TM)
             T.clear(dalpha_T3)
             for k in T.serial(T.ceildiv(T.ceildiv(T_, bt), splits)):
@@ -95,16 +97,16 @@ def build_bwd(p, cfg):
                     for t in T.Parallel(bt):
                         # rows whose norm overflowed (1/r = 0) have no gradient through z
                         z_TM[t, m] = T.if_then_else(r_T[t] > 0, z[t0 + t, m], 0.0)
-                for i in T.unroll(n):
+                for m in T.unroll(M):
+                    group = T.min(m // n, 2)
+                    i = m % n
+                    j = T.max(m - 2 * n, 0) // n
                     for t in T.Parallel(bt):
-                        e = T.exp(-(alpha[0] * z_TM[t, i] * r_T[t] + b[i]))
-                        dh_TM[t, i] = T.if_then_else(t0 + t < T_, dH_pre[t0 + t, i] * slope(e), 0.0)
-                    for t in T.Parallel(bt):
-                        e = T.exp(-(alpha[1] * z_TM[t, n + i] * r_T[t] + b[n + i]))
-                        dh_TM[t, n + i] = T.if_then_else(t0 + t < T_, post_mult * dH_post[t0 + t, i] * slope(e), 0.0)
-                    for j in T.unroll(n):
-                        for t in T.Parallel(bt):
-                            dh_TM[t, 2 * n + j * n + i] = T.if_then_else(t0 + t < T_, dh_res[t0 + t, i, j], 0.0)
+                        e = T.exp(-(alpha[group] * z_TM[t, m] * r_T[t] + b[m]))
+                        dH = T.if_then_else(
+                            m < n, dH_pre[t0 + t, i], T.if_then_else(m < 2 * n, post_mult * dH_post[t0 + t, i], dh_res[t0 + t, i, j])
+                        )
+                        dh_TM[t, m] = T.if_then_else(t0 + t < T_, dH * T.if_then_else(m < 2 * n, slope(e), 1.0), 0.0)
                 for m in T.unroll(M):
                     group = T.min(m // n, 2)
                     for t in T.Parallel(bt):
@@ -119,7 +121,8 @@ def build_bwd(p, cfg):
                         drinv[t0 + t] = dr_T[t]
             T.reduce_sum(db_TM, db_M, dim=0)
             T.reduce_sum(dalpha_T3, dalpha_3, dim=0)
-            T.copy(db_M, db[s, 0:M])
+            for m in T.unroll(M):
+                db[s, m] = db_M[m]
             T.copy(dalpha_3, dalpha[s, 0:3])
 
     return activate_bwd

@@ -7,6 +7,7 @@ loads them in milliseconds, also when the first had no GPU.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 from typing import Any
@@ -31,6 +32,8 @@ def device_arch(device: torch.device) -> str:
 def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
     """The TileLang JITKernel of one configuration. Raises whatever TileLang, nvcc or g++ raise."""
     func = kernel.build(p, cfg)
+    # it advises, at every load, against loading the way this package does
+    logging.getLogger("tilelang.cache.kernel_cache").setLevel(logging.ERROR)
     if target == "cpu":
         from tl_kernels.cpu import compile_cpu
 

@@ -3,8 +3,8 @@
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.tiles import channel_blocks, row_default, row_invalid, row_space
+from tl_kernels.spec import Kernel, Tensor, vector_width
+from tl_kernels.tiles import channel_blocks, everywhere, row_default, row_invalid, row_space
 
 ACC = "float32"
 
@@ -68,6 +68,7 @@ def build_bwd(p, cfg):
             prod_res = T.alloc_fragment((n * n, bc), ACC)
             sum_post = T.alloc_fragment((n,), ACC)
             sum_res = T.alloc_fragment((n * n,), ACC)
+            T.annotate_layout({sum_res: everywhere(n * n, cfg["threads"])})
             T.clear(prod_post)
             T.clear(prod_res)
             for b in T.serial(blocks):
@@ -98,8 +99,9 @@ def build_bwd(p, cfg):
             T.reduce_sum(prod_post, sum_post, dim=1)
             T.reduce_sum(prod_res, sum_res, dim=1)
             T.copy(sum_post, dH_post[t, 0:n])
-            for i, j in T.Parallel(n, n):
-                dH_res[t, i, j] = sum_res[i * n + j]
+            for i in T.unroll(n):
+                for j in T.unroll(n):
+                    dH_res[t, i, j] = sum_res[i * n + j]
 
     return post_res_bwd
 
@@ -125,7 +127,7 @@ post_res_bwd = Kernel(
     inputs=(Tensor("dy", "T n C", "stream"), X, F, *COEFFICIENTS),
     outputs=(Tensor("dx", "T n C", "stream"), Tensor("df", "T C", "stream"), Tensor("dH_post", "T n"), Tensor("dH_res", "T n n")),
     space=lambda p: row_space(p, reduces=True),
-    default=lambda p: row_default(p, block_C=256, reduces=True),
+    default=lambda p: row_default(p, block_C=256 if p.n <= 5 else 16 * vector_width(p), reduces=True),
     invalid=lambda p, cfg: row_invalid(p, cfg, reduces=True, live=p.n * p.n + 3 * p.n + 2),
     reference=lambda dy, *inputs: reference.vjp(reference.post_res, inputs, dy),
 )

@@ -14,6 +14,13 @@ def project(x, phi, norm_eps=1e-6):
     return v @ phi.T, rinv
 
 
+def project_bwd(dz, drinv, x, phi, rinv):
+    """Gradients of :func:`project` from its own 1/r, which holds norm_eps: dx = dz phi - d(1/r)/r^3 x/K, dphi = dz^T vec(x)."""
+    v = x.flatten(1)
+    dv = dz @ phi - (drinv * rinv**3)[:, None] * v / phi.shape[1]
+    return dv.view_as(x), dz.T @ v
+
+
 def activate(z, rinv, alpha, b, pre_eps=1e-6, post_mult=2.0):
     """Eq. 16-18: h = alpha z/r + b; H_pre = sigmoid(h) + pre_eps, H_post = post_mult sigmoid(h), and the logits of H_res as [T,i,j]."""
     n = streams(z.shape[-1])

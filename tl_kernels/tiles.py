@@ -1,5 +1,7 @@
 """Tilings that several programs share: one token's row cut into channel blocks."""
 
+import tilelang.language as T
+
 from tl_kernels.spec import ceildiv, vector_width
 
 THREADS = (32, 64, 80, 96, 128, 160, 192, 256, 320, 512)
@@ -21,12 +23,13 @@ def row_space(p, reduces=False, largest=4096):
 def row_default(p, block_C, reduces=False):
     """The largest block of at most ``block_C`` that wastes little of its last copy, with one 16-byte vector a thread."""
     vec = vector_width(p)
-    blocks = [b for b in row_space(p)["block_C"] if row_min(p) <= b <= block_C]
+    low = min(block_C, row_min(p))
+    blocks = [b for b in row_space(p)["block_C"] if low <= b <= block_C]
     if reduces:  # a power of two of threads
         blocks = [b for b in blocks if b & (b - 1) == 0]
     frugal = [b for b in blocks if ceildiv(p.C, b) * b <= 1.07 * p.C]
-    block = (frugal or [row_min(p)])[-1]
-    return {"block_C": block, "threads": block // vec}
+    block = (frugal or [low])[-1]
+    return {"block_C": block, "threads": max(32, block // vec)}
 
 
 def row_invalid(p, cfg, reduces=False, live=0):
@@ -38,8 +41,8 @@ def row_invalid(p, cfg, reduces=False, live=0):
         return f"threads={threads}: a reduction over threads needs a power of two"
     if bc % threads and threads % bc:
         return f"block_C={bc} and threads={threads}: neither divides the other"
-    if bc < threads * vec and bc != row_min(p):
-        return f"block_C={bc}: less than one 16-byte access for each of {threads} threads"
+    if bc < threads * vec // 2:
+        return f"block_C={bc}: less than half a 16-byte access for each of {threads} threads"
     if bc // threads * live > 512:
         return f"block_C={bc}, threads={threads}: {bc // threads * live} live registers a thread would spill"
     if bc >= 2 * p.C and bc > row_min(p):
@@ -48,4 +51,10 @@ def row_invalid(p, cfg, reduces=False, live=0):
 
 
 def row_min(p):
+    """One 16-byte access for each lane of a warp."""
     return 32 * vector_width(p)
+
+
+def everywhere(size, threads):
+    """Layout of a small vector that every thread holds whole, as a reduction over threads leaves it."""
+    return T.Fragment((size,), forward_fn=lambda i, rep: (rep, i), replicate=threads)

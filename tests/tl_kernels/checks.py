@@ -1,0 +1,46 @@
+"""One check for every program: against its float64 reference, outputs poisoned, token counts ragged, two runs bitwise equal."""
+
+import pytest
+import torch
+
+from tl_kernels import KERNELS
+from tl_kernels.cpu import available
+from tl_kernels.launch import device_arch, get_launcher
+from tuner import gate
+from tuner.gate import Case, reference_fp64
+from tuner.inputs import make_inputs
+
+TOKENS = (1, 37, 131)
+DTYPES = ("bfloat16", "float16", "float32")
+#: Every n, every dtype, C even and odd, smaller and larger than a block.
+SOME = ((1, 100, "bfloat16"), (2, 77, "float32"), (3, 130, "float16"), (4, 1280, "bfloat16"), (4, 96, "float32"), (5, 64, "bfloat16"))
+SOME += ((6, 40, "float16"), (7, 520, "bfloat16"), (8, 72, "float32"))
+EVERY = tuple((n, C, dtype) for n in range(1, 9) for C in (64, 100, 1280, 77) for dtype in DTYPES)
+#: Programs that see neither C nor the stream dtype.
+COEFFICIENTS = tuple((n, 64, "bfloat16") for n in range(1, 9))
+
+
+def problems(cases=SOME, gpu_cases=EVERY):
+    """Parametrize over (device, n, C, dtype): few on the CPU, where each costs a compile on CI, all on a GPU."""
+    params = [pytest.param("cpu", *c, id=f"cpu-n{c[0]}-C{c[1]}-{c[2]}") for c in cases]
+    params += [pytest.param("cuda", *c, id=f"cuda-n{c[0]}-C{c[1]}-{c[2]}", marks=pytest.mark.gpu) for c in gpu_cases]
+    return pytest.mark.parametrize(("device", "n", "C", "dtype"), params)
+
+
+def launcher(name, device, n, C, dtype="bfloat16", cfg=None, **options):
+    if device == "cpu" and not available():
+        pytest.skip("no C++ compiler for the CPU target")
+    kernel = KERNELS[name]
+    p = kernel.problem(n, C, dtype, **options)
+    return get_launcher(kernel, p, cfg or kernel.default(p), device_arch(torch.device(device)))
+
+
+def check(name, device, n, C, dtype="bfloat16", tokens=TOKENS, cfg=None, **options):
+    """Raise where any output of any token count is wrong, unwritten or not repeatable; T = 0 gives empty outputs and zero sums."""
+    run = launcher(name, device, n, C, dtype, cfg, **options)
+    for seed, T in enumerate(tokens):
+        inputs = make_inputs(run.kernel, run.p, T, seed, device)
+        gate.check(run, Case(T, inputs, reference_fp64(run.kernel, run.p, inputs)))
+    for tensor, out in zip(run.kernel.outputs, run(*make_inputs(run.kernel, run.p, 0, 0, device)), strict=True):
+        assert out.shape == tensor.shape(run.p, 0), tensor.name
+        assert not out.any(), tensor.name

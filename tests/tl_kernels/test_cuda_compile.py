@@ -1,0 +1,44 @@
+"""Every program compiles for every supported CUDA architecture from the one source; nvcc needs no GPU."""
+
+import shutil
+
+import pytest
+
+from tl_kernels import KERNELS, NAMES
+from tl_kernels.launch import compile_kernel
+from tl_kernels.spec import SHARED_LIMIT
+
+nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+@nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a", "sm_120a"])
+@pytest.mark.parametrize("name", NAMES)
+def test_default_compiles(name, arch):
+    kernel = KERNELS[name]
+    p = kernel.problem(4, 2560)
+    jit = compile_kernel(kernel, p, kernel.default(p), arch)
+    assert f"{name}_kernel" in jit.get_kernel_source()
+
+
+@nvcc
+@pytest.mark.parametrize("name", ["project", "project_bwd"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_tf32_path_compiles(name, dtype):
+    kernel = KERNELS[name]
+    p = kernel.problem(3, 100, dtype)
+    assert f"{name}_kernel" in compile_kernel(kernel, p, kernel.default(p), "sm_90a").get_kernel_source()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_fits_the_smallest_shared_memory(name):
+    import tilelang
+    from tilelang import tvm
+
+    kernel = KERNELS[name]
+    p = kernel.problem(8, 7168, "float32")
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
+    with target:
+        module = tilelang.lower(kernel.build(p, kernel.default(p)), target=target).device_mod
+    (function,) = (f for _, f in module.functions.items())
+    assert int(function.attrs.get("dyn_shared_memory_buf", 0) or 0) <= min(SHARED_LIMIT.values()) * 1024

@@ -1,0 +1,57 @@
+"""Compiling and calling: one launcher a configuration, other devices, poisoned outputs handed in."""
+
+import pytest
+import torch
+
+from tests.tl_kernels.checks import launcher
+from tl_kernels import KERNELS
+from tl_kernels.launch import device_arch, get_launcher
+from tuner.inputs import make_inputs
+
+
+def test_a_configuration_is_compiled_once():
+    assert launcher("pre", "cpu", 4, 64) is launcher("pre", "cpu", 4, 64)
+
+
+def test_cpu_is_a_target():
+    assert device_arch(torch.device("cpu")) == "cpu"
+
+
+def test_outputs_have_the_dtypes_of_the_spec():
+    run = launcher("pre_bwd", "cpu", 4, 64)
+    dx, dH = run(*make_inputs(run.kernel, run.p, 3, 0))
+    assert (dx.dtype, dH.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_two_stage_sum_is_bitwise_repeatable():
+    run = launcher("project_bwd", "cpu", 4, 64)
+    inputs = make_inputs(run.kernel, run.p, 300, 0)
+    assert torch.equal(run(*inputs)[1], run(*inputs)[1])
+
+
+@pytest.mark.gpu
+def test_launchers_work_in_a_cuda_graph():
+    run = launcher("post_res", "cuda", 4, 256)
+    inputs = make_inputs(run.kernel, run.p, 64, 0, "cuda")
+    (eager,) = run(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (captured,) = run(*inputs)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
+@pytest.mark.gpu
+def test_launchers_follow_the_current_stream():
+    kernel = KERNELS["pre"]
+    p = kernel.problem(4, 256)
+    run = get_launcher(kernel, p, kernel.default(p), device_arch(torch.device("cuda")))
+    inputs = make_inputs(kernel, p, 4096, 0, "cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        inputs[0].zero_()
+        (u,) = run(*inputs)
+    stream.synchronize()
+    assert not u.any()

@@ -1,0 +1,11 @@
+"""``pre`` and ``pre_bwd`` against the float64 reference."""
+
+import pytest
+
+from tests.tl_kernels.checks import check, problems
+
+
+@problems()
+@pytest.mark.parametrize("name", ["pre", "pre_bwd"])
+def test_matches_the_reference(name, device, n, C, dtype):
+    check(name, device, n, C, dtype)
