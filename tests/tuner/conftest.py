@@ -23,7 +23,7 @@ HARDWARE = Hardware(profile="cpu", name="Test CPU", arch="cpu")
 EFFORT = Effort(trials=4, samples=5, sample_ms=10.0, finalists=2, rounds=5, confirm_ms=20.0)
 
 
-def make_task(kernel: str = "pre", C: int = 1280, T: int = 64, arch: str = "cpu") -> Task:
+def make_task(kernel: str = "pre_bwd", C: int = 1280, T: int = 64, arch: str = "cpu") -> Task:
     return Task(kernel, KERNELS[kernel].problem(4, C), T, arch, "cpu" if arch == "cpu" else "h100", (C,))
 
 
@@ -38,17 +38,11 @@ def make_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         measure: Callable[..., Any] = planted.measure_ok,
         time_limit: float | None = None,
     ) -> Pipeline:
-        for name, job in (
-            ("compile_job", compile),
-            ("measure_job", measure),
-            ("confirm_job", planted.confirm_ok),
-            ("copy_job", planted.copy_ok),
-        ):
+        jobs = {"compile_job": compile, "measure_job": measure, "confirm_job": planted.confirm_ok, "copy_job": planted.copy_ok}
+        for name, job in jobs.items():
             monkeypatch.setattr(pipeline_module, name, job)
         settings = Settings(HARDWARE, EFFORT, trials, time_limit, seed=0, jobs=2, command="mhc-tune", log=tmp_path / "workers.log")
-        display = Display(Console(quiet=True))
-        return Pipeline(
-            settings, tasks, open_storage(f"sqlite:///{tmp_path}/study.db"), ProfileWriter(tmp_path / "cpu.yaml", HARDWARE), display
-        )
+        storage, writer = open_storage(f"sqlite:///{tmp_path}/study.db"), ProfileWriter(tmp_path / "cpu.yaml", HARDWARE)
+        return Pipeline(settings, tasks, storage, writer, Display(Console(quiet=True)))
 
     return make

@@ -1,5 +1,6 @@
 """The command line from outside: help, one-line errors with exit code 2, Ctrl-C, and one real tuning run on the CPU target."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mhc.profile import read_profile
+from tuner import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +24,15 @@ def mhc_tune(folder, *args, **env):
     return subprocess.run(
         [sys.executable, "-m", "tuner.cli", *args], cwd=folder, env={**environment(), **env}, capture_output=True, text=True, timeout=200
     )
+
+
+def run_here(monkeypatch, *args):
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mhc-tune", *args])
+    monkeypatch.setattr("tuner.hardware._gpu", lambda: None)
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    return exit.value.code
 
 
 def test_help_teaches(tmp_path):
@@ -43,20 +54,32 @@ def test_help_teaches(tmp_path):
         (["--workloads-file", "bad.yaml"], "bad.yaml"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, args, said):
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, args, said):
     (tmp_path / "bad.yaml").write_text("mhc-3b: {n: 4, C: [}\n")
-    done = mhc_tune(tmp_path, *args)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.startswith("mhc-tune: ")
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch, *args) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("mhc-tune: ")
 
 
-def test_a_missing_compiler_is_one_line_and_exit_code_2(tmp_path):
-    done = mhc_tune(tmp_path, "--gpu", "cpu", PATH=str(tmp_path))
-    assert done.returncode == 2
-    assert "g++" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_a_missing_compiler_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_here(monkeypatch, "--gpu", "cpu") == 2
+    err = capsys.readouterr().err
+    assert "g++" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_second_tuner_on_the_same_device_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".mhc-tune").mkdir()
+    with open(tmp_path / ".mhc-tune" / "cpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_here(monkeypatch, "--gpu", "cpu") == 2
+    assert "another mhc-tune is measuring on cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_another_gpu_is_named_with_the_command_for_it(monkeypatch):
 def test_no_gpu_is_said_with_the_command_for_the_cpu(monkeypatch):
     monkeypatch.setattr(hardware, "_gpu", lambda: None)
     monkeypatch.setattr(hardware, "nvidia_smi", lambda fields: [])
-    with pytest.raises(TuneError, match="found no CUDA device.*run `mhc-tune --gpu cpu` here"):
+    with pytest.raises(TuneError, match=r"found no CUDA device.*run `mhc-tune --gpu cpu` here"):
         resolve("h100")
     monkeypatch.setattr(hardware, "nvidia_smi", lambda fields: ["NVIDIA H100 80GB HBM3"])
     with pytest.raises(TuneError, match=r"nvidia-smi shows 'NVIDIA H100 80GB HBM3', but this torch .* cannot use it"):

@@ -14,7 +14,8 @@ from tuner.writer import ProfileWriter, make_provenance
 def entry(kernel="pre", C=1280, us=10.0, source_hash=None):
     return Entry(
         kernel=kernel, n=4, C=C, dtype="bfloat16", tokens=64, config={"block_C": 640, "threads": 80}, time_us=us, time_ci_us=(us, us),
-        gbps=1.0, copy_share=0.1, default_us=us, verdict="default", error={"u": 1e-3}, source_hash=source_hash or KERNELS[kernel].source_hash,
+        gbps=1.0, copy_share=0.1, default_us=us, verdict="default", error={"u": 1e-3},
+        source_hash=source_hash or KERNELS[kernel].source_hash,
     )  # fmt: skip
 
 
