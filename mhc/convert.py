@@ -9,6 +9,10 @@ from collections.abc import Mapping
 
 import torch
 
+#: Parameters of a HyperConnection and of a HyperHead, here as in transformers.
+CONNECTION_NAMES = ("fn", "base", "scale")
+HEAD_NAMES = ("hc_fn", "hc_base", "hc_scale")
+
 
 def _entry(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in state:
@@ -56,3 +60,28 @@ def fold_norm_weight(state: Mapping[str, torch.Tensor], weight: torch.Tensor) ->
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [{fn.shape[1]}] = [n*dim] or [dim]")
     columns = weight.to(fn).repeat(fn.shape[1] // weight.shape[0])
     return {**state, "fn": fn * columns}
+
+
+def from_huggingface(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The state of one HyperConnection or HyperHead out of a model's, e.g. with prefix ``model.layers.3.attn_hc`` or ``model.hc_head``.
+
+    Raises:
+        ValueError: no entry of that module under the prefix.
+    """
+    start = f"{prefix}." if prefix else ""
+    for names in (CONNECTION_NAMES, HEAD_NAMES):
+        if all(start + name in state for name in names):
+            return {name: state[start + name] for name in names}
+    raise ValueError(
+        f"prefix: got {prefix!r}, wanted one with {', '.join(CONNECTION_NAMES)} or {', '.join(HEAD_NAMES)} under it in the state"
+    )
+
+
+def to_huggingface(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The inverse: the entries of one of our modules under Hugging Face's names. A wrapped layer's entries are left out.
+
+    Raises:
+        ValueError: the state is of neither module.
+    """
+    start = f"{prefix}." if prefix else ""
+    return {start + name: value for name, value in from_huggingface(state, "").items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc
-from mhc.convert import fold_norm_weight, transpose_residual
+from mhc.convert import fold_norm_weight, from_huggingface, to_huggingface, transpose_residual
 from tests.mhc.test_module import trained
 from tl_kernels import reference
 
@@ -47,12 +47,22 @@ def test_folded_norm_weight(shared):
     torch.testing.assert_close(hc.coefficients(x)[0], torch.sigmoid(h_pre) + hc.pre_eps)
 
 
+@pytest.mark.parametrize("module", [lambda: trained(32, 4, torch.nn.Linear(32, 32)), lambda: mhc.HyperHead(32)])
+def test_into_a_model_and_out_of_it(module):
+    state = module().state_dict()
+    model = {"model.norm.weight": torch.ones(32), **to_huggingface(state, "model.layers.3.attn_hc")}
+    back = from_huggingface(model, "model.layers.3.attn_hc")
+    assert list(back) == [k for k in state if not k.startswith("layer")]
+    assert all(torch.equal(back[k], state[k]) for k in back)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda s: transpose_residual(s, 3), r"fn: got shape \(24, 128\), wanted 15 rows for n=3"),
         (lambda s: transpose_residual({"base": s["base"]}, 4), "state: has no 'fn' among base"),
         (lambda s: fold_norm_weight(s, torch.ones(33)), r"weight: got shape \(33,\), wanted \[128\] = \[n\*dim\] or \[dim\]"),
+        (lambda s: from_huggingface(s, "attn_hc"), "prefix: got 'attn_hc', wanted one with fn, base, scale or hc_fn"),
         (lambda s: fold_norm_weight({}, torch.ones(32)), "state: has no 'fn' among nothing"),
     ],
 )

@@ -164,3 +164,16 @@ def test_options_of_their_config(device):
     _, H_post, H_res = ours.coefficients(x)
     for name, got, want in (("post", H_post, post), ("comb", H_res.transpose(-1, -2), comb), ("collapsed", ours.pre(x)[0], collapsed)):
         assert relative(got.detach(), want.detach()) <= 1e-5, name
+
+
+def test_the_state_of_a_whole_model(device):
+    """Their names inside a decoder layer are the ones from_huggingface looks for."""
+    if device.type != "cpu":
+        pytest.skip("names only")
+    from mhc.convert import from_huggingface
+
+    with torch.device("meta"):
+        layer = modeling.DeepseekV4DecoderLayer(config(), 0)
+    for name in ("attn_hc", "ffn_hc"):
+        state = from_huggingface(layer.state_dict(), name)
+        assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in mhc.HyperConnection(DIM, N).state_dict().items()}

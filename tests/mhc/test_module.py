@@ -79,6 +79,28 @@ def test_coefficients_are_on_the_manifold(device):
     torch.testing.assert_close(H_res.sum(-2), torch.ones(64, 4, device=device), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["zeros", "huge", "one huge token", "sharp logits"])
+def test_extreme_inputs_stay_finite(case, dtype, device):
+    hc = trained(32, 4, torch.tanh, sinkhorn_iters=20).to(device)
+    x = torch.randn(6, 4, 32)
+    if case == "zeros":
+        x.zero_()
+    elif case == "huge":
+        x *= 1e30  # its square overflows
+    elif case == "one huge token":
+        x[2] *= 1e30
+    else:
+        with torch.no_grad():
+            hc.base[8:] *= 1e4
+            hc.scale.fill_(1e3)
+    x = x.to(device, dtype).requires_grad_()
+    y = hc(x)
+    (y * 1e-6).sum().backward()
+    for name, t in (("y", y), ("x", x.grad), ("fn", hc.fn.grad), ("base", hc.base.grad), ("scale", hc.scale.grad)):
+        assert t.isfinite().all(), name
+
+
 @pytest.mark.usefixtures("reference_backend")
 class TestStart:
     @pytest.mark.parametrize("n", [1, 2, 4, 8])
