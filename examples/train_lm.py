@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plot_losses import plot
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -335,7 +334,7 @@ def version(package: str) -> str | None:
 
 
 def save(out: Path, runs: list[Log], corpus: Corpus, args: argparse.Namespace, profile: dict[str, Any] | None, command: str) -> None:
-    """losses.json and losses.png in ``out``."""
+    """losses.json and, where matplotlib is installed, losses.png in ``out``."""
     options = {k: str(v) if isinstance(v, (Path, torch.device)) else v for k, v in vars(args).items()}
     result = {
         "hardware": device_name(args.device),
@@ -352,7 +351,10 @@ def save(out: Path, runs: list[Log], corpus: Corpus, args: argparse.Namespace, p
         "runs": [vars(log) for log in runs],
     }
     (out / "losses.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, out / "losses.png")
+    with contextlib.suppress(ModuleNotFoundError):
+        from plot_losses import plot
+
+        plot(result, out / "losses.png")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -402,6 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "examples/train_lm.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "losses.png").unlink(missing_ok=True)  # never an old picture beside new numbers
         corpus = Corpus(args.data, args.device)
         for part in ("train", "val"):
             next(corpus.batches(part, args.batch, args.seq, args.seed))
@@ -428,7 +431,9 @@ def main(argv: list[str] | None = None) -> int:
         if log.interrupted:
             console.print(f"interrupted; what there is is in {args.out}", soft_wrap=True, highlight=False)
             return 130
-    console.print(f"wrote {args.out / 'losses.json'} and {args.out / 'losses.png'}", soft_wrap=True, highlight=False)
+    picture = args.out / "losses.png"
+    and_picture = f" and {picture}" if picture.exists() else "; no picture: matplotlib is not installed (pip install matplotlib)"
+    console.print(f"wrote {args.out / 'losses.json'}{and_picture}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -314,7 +314,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(args, command)
         (out / "boundary.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "boundary.md").write_text(markdown(result))
-        chart(result, out / "boundary.png")
+        (out / "boundary.png").unlink(missing_ok=True)  # never an old picture beside new numbers
+        try:
+            chart(result, out / "boundary.png")
+        except ModuleNotFoundError as error:
+            print(f"no chart: {error}; pip install matplotlib", file=sys.stderr)
     except (TuneError, profile.ProfileError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -324,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing written", file=sys.stderr)
         return 130
-    print(f"wrote {out}/boundary.json, .md and .png\n")
+    print(f"wrote {', '.join(str(path) for path in sorted(out.glob('boundary.*')))}\n")
     print(markdown(result), end="")
     ours = [row for row in result["rows"] if row["rival"] == "ours"]
     return 0 if all(row["agrees"] and not row["failures"] for row in ours) else 1

@@ -49,9 +49,13 @@ def _boundary_rows(result: dict[str, Any], columns: list[tuple[str, str, str]]) 
         cells = [row["label"]]
         for p, kind, _ in columns:
             time = row["times"].get(f"{p}_{kind}")
-            cells += [f"{time['us']:.1f} ({time['lo']:.1f}..{time['hi']:.1f})", f"{time['share']:.0%}"] if time else ["-", "-"]
+            cells += [f"{time['us']:.1f} ({time['lo']:.1f}..{time['hi']:.1f})", _percent(time["share"])] if time else ["-", "-"]
         rows.append([*cells, "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"])
     return rows
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
 
 
 def _notes(row: dict[str, Any]) -> list[str]:
@@ -76,7 +80,7 @@ def _kernel_rows(result: dict[str, Any]) -> list[list[str]]:
                 f"{k['us']:.1f}",
                 f"{k['lo']:.1f}..{k['hi']:.1f}",
                 f"{k['gbps']:.0f}",
-                f"{k['share']:.0%}",
+                _percent(k["share"]),
                 f"{k['impl']}, {k['origin']}",
             ]
         )

@@ -21,6 +21,7 @@ RUN = "--tiny --device cpu --steps 4 --batch 2 --seq 16 --dim 32 --heads 2 --n 2
 def train_lm() -> ModuleType:
     sys.path.insert(0, str(EXAMPLES))
     try:
+        importlib.import_module("plot_losses")
         return importlib.import_module("train_lm")
     finally:
         sys.path.remove(str(EXAMPLES))
@@ -193,6 +194,13 @@ def test_ctrl_c_keeps_what_there_is(train_lm, sources, tmp_path, monkeypatch):
     assert run["interrupted"]
     assert len(run["loss"]) == len(run["grad_norm"]) == 2
     assert (tmp_path / "losses.png").is_file()
+
+
+def test_without_matplotlib_there_are_numbers_and_no_picture(train_lm, sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plot_losses", None)
+    assert train_lm.main(f"--residual plain {RUN} --data {sources} --out {tmp_path}".split()) == 0
+    assert json.loads((tmp_path / "losses.json").read_text())["runs"][0]["loss"]
+    assert "no picture: matplotlib is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("files", [0, 1])
