@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.tuner import planted
 from tuner.workers import WorkerCrash, WorkerError, WorkerPool, WorkerTimeout
 
 
@@ -41,6 +42,13 @@ def test_a_hang_is_killed_after_its_limit_and_the_pool_goes_on(pool):
 def test_an_exception_arrives_as_one_line(pool):
     with pytest.raises(WorkerError, match="ZeroDivisionError: division by zero"):
         pool.submit(operator.truediv, 1, 0, timeout=30).result()
+
+
+def test_a_process_whose_device_is_beyond_use_is_replaced(pool):
+    pid = pool.submit(os.getpid, timeout=30).result()
+    with pytest.raises(WorkerCrash, match="illegal memory access"):
+        pool.submit(planted.poisoned_device, timeout=30).result()
+    assert pool.submit(os.getpid, timeout=30).result() != pid
 
 
 def test_lower_priority_runs_first(pool):
