@@ -124,7 +124,7 @@ def confirm_job(
         if with_reference:
             calls.append(functools.partial(run_reference, name, p, case.inputs))
         clock = _clock(device)
-        first = clock.interleaved(calls, 2)[1]
+        first = clock.interleaved(calls, 1 if device == "cpu" else 3)[-1]
         rounds = max(3, min(effort.rounds, int(effort.confirm_ms * 1e3 / max(1e-3, sum(first)))))
         return [list(column) for column in zip(*clock.interleaved(calls, rounds), strict=True)]
 

@@ -171,7 +171,8 @@ class Pipeline:
 
     def _close_late(self) -> None:
         for study in self.studies:
-            if study.state != "searching" or study.closed or not self._out_of_time(study):
+            started = study.search.results or study.search.inflight
+            if study.state != "searching" or study.closed or not started or not self._out_of_time(study):
                 continue
             study.closed = True
             for future, cfg in list(study.compiling.items()):
@@ -200,7 +201,9 @@ class Pipeline:
         # a study that asked for all its trials at once could not learn from any of them
         batch = max(4, -(-self.settings.trials // 4))
         for study in self._window():
-            while study.state == "searching" and not study.closed and underway < capacity and len(study.search.inflight) < batch:
+            # late but not begun: the default alone, so that every shape gets an entry
+            room = 1 if self._out_of_time(study) else batch
+            while study.state == "searching" and not study.closed and underway < capacity and len(study.search.inflight) < room:
                 cfg = study.search.propose()
                 if cfg is None:
                     break

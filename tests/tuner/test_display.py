@@ -54,3 +54,10 @@ def test_small_numbers_are_readable():
     assert duration(-3) == "0:00"
     assert microseconds(None) == "-"
     assert microseconds(3.14159) == "3.1"
+
+
+def test_entries_that_differ_in_C_only_share_a_row():
+    twin = ENTRY.model_copy(update={"C": 4096})
+    text = printed(lambda console: console.print(result_table([ENTRY, twin], "H100")))
+    assert text.count("post_res_bwd") == 1
+    assert "any" in text
