@@ -228,8 +228,9 @@ class Pipeline:
             waiting = [s for s in self._window() if s.ready or s.state == "confirming"]
             if not waiting:
                 return
-            # stay with the shape whose inputs and answer the measuring process holds
-            study = self._last if self._last in waiting else waiting[0]
+            # stay with the shape whose inputs and answer the measuring process holds; but where time may run out, every default comes first
+            new = [s for s in waiting if s.ready and not s.search.results] if self.settings.time_limit is not None else []
+            study = new[0] if new else self._last if self._last in waiting else waiting[0]
             assert study is not None
             self._last = study
             self._measuring.append(self._measure(study) if study.ready else self._confirm(study))
