@@ -200,9 +200,10 @@ class Pipeline:
         underway = sum(len(s.compiling) for s in self.studies)
         # a study that asked for all its trials at once could not learn from any of them
         batch = max(4, -(-self.settings.trials // 4))
-        for study in self._window():
-            # late but not begun: the default alone, so that every shape gets an entry
-            room = 1 if self._out_of_time(study) else batch
+        window = self._window()
+        # first every default, then the batches; a study late before it began gets its default alone
+        rooms = [(s, 1) for s in window if not s.search.results] + [(s, batch) for s in window if not self._out_of_time(s)]
+        for study, room in rooms:
             while study.state == "searching" and not study.closed and underway < capacity and len(study.search.inflight) < room:
                 cfg = study.search.propose()
                 if cfg is None:
