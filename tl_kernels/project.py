@@ -208,11 +208,12 @@ project = Kernel(
     build=build_fwd,
     inputs=(X, PHI),
     outputs=(Tensor("z", "T M"), Tensor("rinv", "T")),
-    space=lambda p: {"block_T": (16, 32, 64, 128), "block_K": (32, 64, 128, 256), "threads": (32, 64, 128, 256), "stages": (0, 2, 3, 4, 6)},
+    space=lambda p: {"block_T": (32, 64, 128), "block_K": (32, 64, 128, 256), "threads": (64, 128, 256), "stages": (0, 2, 3, 4)},
     default=lambda p: {"block_T": 64, "block_K": _default_block(p), "threads": 128, "stages": 0},
     invalid=_invalid,
     reference=reference.project,
     options={"norm_eps": 1e-6},
+    gpu_only=("threads", "stages"),
 )
 
 project_bwd = Kernel(
@@ -223,11 +224,12 @@ project_bwd = Kernel(
     space=lambda p: {
         "block_T": (32, 64, 128),
         "block_K": (32, 64, 128),
-        "threads": (64, 128, 256),
-        "stages": (0, 1, 2, 3),
-        "splits": (4, 8, 16, 32),
+        "threads": (128, 256),
+        "stages": (0, 2),
+        "splits": (4, 8, 16),
     },
     default=lambda p: {"block_T": 64, "block_K": _default_block(p), "threads": 128, "stages": 0, "splits": 8},
     invalid=lambda p, cfg: _invalid(p, cfg, backward=True),
     reference=reference.project_bwd,
+    gpu_only=("threads", "stages"),
 )

@@ -81,6 +81,8 @@ def build_bwd(p, cfg):
             prod = T.alloc_fragment((bt, n, n), ACC)
             col = T.alloc_fragment((bt, n), ACC)
             row = T.alloc_fragment((bt, n), ACC)
+            col_inv = T.alloc_fragment((bt, n), ACC)
+            row_inv = T.alloc_fragment((bt, n), ACC)
             col_dot = T.alloc_fragment((bt, n), ACC)
             row_dot = T.alloc_fragment((bt, n), ACC)
             col_sums = T.alloc_shared((iters, bt, n), ACC)
@@ -126,8 +128,9 @@ def build_bwd(p, cfg):
                 T.reduce_sum(prod, row_dot, dim=2)
                 for t, i in T.Parallel(bt, n):
                     row[t, i] = row_sums[k, t, i]
+                    row_inv[t, i] = 1.0 / row[t, i]
                 for t, i, j in T.Parallel(bt, n, n):
-                    d[t, i, j] = (d[t, i, j] - row_dot[t, i]) / row[t, i]
+                    d[t, i, j] = (d[t, i, j] - row_dot[t, i]) * row_inv[t, i]
                     m[t, i, j] *= row[t, i]
                 if k > 0:
                     for t, i, j in T.Parallel(bt, n, n):
@@ -135,8 +138,9 @@ def build_bwd(p, cfg):
                     T.reduce_sum(prod, col_dot, dim=1)
                     for t, j in T.Parallel(bt, n):
                         col[t, j] = col_sums[k, t, j]
+                        col_inv[t, j] = 1.0 / col[t, j]
                     for t, i, j in T.Parallel(bt, n, n):
-                        d[t, i, j] = (d[t, i, j] - col_dot[t, j]) / col[t, j]
+                        d[t, i, j] = (d[t, i, j] - col_dot[t, j]) * col_inv[t, j]
                         m[t, i, j] *= col[t, j]
             # softmax: dh = softmax (d - <d, softmax>)
             for t, i, j in T.Parallel(bt, n, n):

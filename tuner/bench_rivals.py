@@ -59,7 +59,8 @@ class Boundary:
     def forward_backward(self, dy: Tensor) -> tuple[Tensor, ...]:
         """y, then the gradients of the leaves."""
         y = self.forward()
-        return (y, *torch.autograd.grad(y, self.leaves, dy))
+        grads = torch.autograd.grad(y, self.leaves, dy)
+        return (y.detach(), *grads)  # no graph may outlive the call: its leaves' streams would enter a CUDA graph captured later
 
 
 @dataclass(frozen=True)

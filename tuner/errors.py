@@ -21,6 +21,7 @@ def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
 def one_line(error: BaseException) -> str:
     """The last line that says something: TileLang's errors end in their cause after a long C++ trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(error).__name__
+    # PyTorch's CUDA errors say it first and end in advice
+    text = next((line for line in lines if "CUDA error" in line), lines[-1] if lines else type(error).__name__)
     name = type(error).__name__
     return (text if text.startswith(name) else f"{name}: {text}")[:400]
