@@ -1,6 +1,6 @@
 """Train a small byte-level GPT on the Python standard library's own sources, with one of three residual connections.
 
-    python examples/train_lm.py --residual all            # plain, hc and mhc, one after the other: 1 to 1.5 minutes each on an H100
+    python examples/train_lm.py --residual all            # plain, hc and mhc, one after the other: 400 steps take 12 to 29 s on an H100
     python examples/train_lm.py --residual mhc --tiny     # under a minute on a 2-core CPU, compilation of the kernels included
 
 ``plain`` is x + f(x). ``hc`` is Hyper-Connections without a constraint (arXiv 2409.19606), in plain PyTorch below. ``mhc`` is this

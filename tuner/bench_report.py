@@ -118,7 +118,7 @@ def chart(result: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.15)
         axis.set_xlabel(f"us, median, {how}")
         axis.set_title(TITLES[p], fontsize=10)
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
+        axis.legend(fontsize=8, frameon=False, loc="upper right")  # where our short bars leave room
         axis.spines[["top", "right"]].set_visible(False)
     shape = f"T x n x C = {case['T']} x {case['n']} x {case['C']}, {case['dtype']}"
     figure.suptitle(
