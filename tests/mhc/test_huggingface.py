@@ -113,25 +113,33 @@ def test_block_and_gradients_float32(device):
 
 
 def test_block_and_gradients_bfloat16_are_no_worse_than_theirs(device):
-    """Against float64 from the same bf16 streams; 2% of slack for the luck of one rounding."""
+    """Against float64 from the same bf16 streams, no slack.
+
+    Over 40 draws: the error of a gradient with three numbers (scale) in one draw is the luck of a few roundings. Ours is larger in 15 of
+    40 draws although its rms over all of them is 0.70 of theirs.
+    """
     module = theirs(modeling.DeepseekV4HyperConnection, device)
     ours = mhc.HyperConnection(DIM, N).to(device)
     ours.load_state_dict(module.state_dict())
     exact = ExactConnection(module)
-    results = {}
-    for who, hc in (("exact", exact.hc), ("theirs", module), ("ours", ours)):
-        x = streams(device, torch.bfloat16)
-        x = x.detach().double().cpu().requires_grad_() if who == "exact" else x
-        if who == "exact":
-            y = exact(x, torch.tanh)
-        elif who == "theirs":
-            y = their_block(module, x, torch.tanh)
-        else:
-            u, ctx = ours.pre(x)
-            y = ours.post(torch.tanh(u), ctx)
-        results[who] = (y.detach(), *gradients(y, (x, hc.fn, hc.base, hc.scale)))
-    for name, want, t, o in zip(("y", "dx", "dfn", "dbase", "dscale"), *(results[k] for k in ("exact", "theirs", "ours")), strict=True):
-        assert relative(o, want) <= 1.02 * relative(t, want), name
+    names = ("y", "dx", "dfn", "dbase", "dscale")
+    error = {who: dict.fromkeys(names, 0.0) for who in ("theirs", "ours")}
+    for seed in range(40):
+        x = streams(device, torch.bfloat16, seed)
+        x_exact = x.detach().double().cpu().requires_grad_()
+        x_ours = x.detach().clone().requires_grad_()
+        u, ctx = ours.pre(x_ours)
+        runs = {
+            "exact": (exact(x_exact, torch.tanh), x_exact, exact.hc),
+            "theirs": (their_block(module, x, torch.tanh), x, module),
+            "ours": (ours.post(torch.tanh(u), ctx), x_ours, ours),
+        }
+        results = {who: (y.detach(), *gradients(y, (x, hc.fn, hc.base, hc.scale), seed)) for who, (y, x, hc) in runs.items()}
+        for who, total in error.items():
+            for name, got, want in zip(names, results[who], results["exact"], strict=True):
+                total[name] += (got.double().cpu() - want.cpu()).square().sum().item()
+    for name in names:
+        assert error["ours"][name] <= error["theirs"][name], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
