@@ -73,22 +73,13 @@ def serves_tilelang(mode: str, device: torch.device) -> bool:
     return mode == "tilelang" or (mode == "auto" and (device.type == "cuda" or _cpu_target()))
 
 
-def _project_bwd(
-    dz: torch.Tensor, drinv: torch.Tensor, x: torch.Tensor, phi: torch.Tensor, rinv: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # by hand: rinv carries norm_eps, which this operator is not given
-    v = x.flatten(1)
-    dv = dz @ phi - (drinv * rinv**3)[:, None] * v / phi.shape[1]
-    return dv.view_as(x), dz.T @ v
-
-
 def _vjp(name: str, grads: int) -> Callable[..., Any]:
     return lambda *args, **options: reference.vjp(getattr(reference, name), args[grads:], args[:grads], **options)
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "project": reference.project,
-    "project_bwd": _project_bwd,
+    "project_bwd": reference.project_bwd,
     "activate": reference.activate,
     "activate_bwd": _vjp("activate", 3),
     "sinkhorn": reference.sinkhorn,

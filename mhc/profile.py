@@ -348,7 +348,8 @@ def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> lis
 
 def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: torch.device, served: str, refused: str) -> None:
     # Once per shape, not once per kernel and T: ten kernels would say the same ten times.
-    shape = f"n={p.n}, C={p.C}, {p.dtype}"
+    has_C, has_dtype = _depends_on(kernel)
+    shape = f"n={p.n}" + (f", C={p.C}" if has_C else "") + (f", {p.dtype}" if has_dtype else "")
     message = f"{source.path} was not tuned at {shape}, T~{T}: {kernel.name} is {served}"
     if refused:  # the kernel is named: another one may well accept the same entry
         _say(logging.WARNING, "refused", source.path, kernel.name, shape, message=f"{message}; not by {refused}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -36,14 +35,12 @@ class Hardware:
 
 
 def cpu_model() -> str:
-    """The processor's name as the kernel gives it, else the machine type."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    """The processor's name, as a profile is matched with it at run time."""
+    import torch
+
+    from mhc.profile import device_name
+
+    return device_name(torch.device("cpu"))
 
 
 def _cpu() -> Hardware:
