@@ -1,0 +1,89 @@
+"""DDP and FSDP2 on two CPU processes: the gradients and the dtypes of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+import mhc
+
+DIM, N, TOKENS = 16, 4, 12
+
+
+class Block(nn.Module):
+    """One boundary through pre() and post(), as a model uses it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hc = mhc.HyperConnection(DIM, N)
+        self.layer = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        u, ctx = self.hc.pre(x)
+        return self.hc.post(self.layer(u), ctx)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, TOKENS, N, DIM, generator=generator)
+
+
+def loss_of(model, x):
+    return model(x).float().square().mean()
+
+
+def alone():
+    model = Block()
+    sum(loss_of(model, x) for x in data()).div(2).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def full(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _worker(rank, port, kind):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        with mhc.use_backend("reference"):
+            model = Block()
+            if kind == "ddp":
+                wrapped = DistributedDataParallel(model)
+                rtol = 1e-4
+            else:
+                mesh = init_device_mesh("cpu", (2,))
+                # its own group without a cast: coefficients stay float32 while the rest of the model computes in bfloat16
+                fully_shard(model.hc, mesh=mesh)
+                register_fsdp_forward_method(model.hc, "pre")
+                register_fsdp_forward_method(model.hc, "post")
+                low = kind == "fsdp2-bfloat16"
+                policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low else None, cast_forward_inputs=low)
+                wrapped = fully_shard(model, mesh=mesh, mp_policy=policy)
+                rtol = 5e-2 if low else 1e-4
+            loss_of(wrapped, data()[rank]).backward()
+            for name, want in alone().items():
+                got = full(dict(model.named_parameters())[name].grad)
+                assert got.dtype is torch.float32, name
+                assert (got - want).norm() <= rtol * want.norm(), (name, got, want)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-bfloat16"])
+def test_two_processes_give_the_gradients_of_one(kind, free_port):
+    torch.multiprocessing.spawn(_worker, args=(free_port, kind), nprocs=2)
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
