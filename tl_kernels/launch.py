@@ -6,7 +6,6 @@ loads them in milliseconds, also when the first had no GPU.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
@@ -18,6 +17,8 @@ from tl_kernels.spec import Config, Kernel, Problem
 
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 
+_LAUNCHERS: dict[Any, Launcher] = {}
+_COMPILING: dict[Any, threading.Lock] = {}
 _LOCK = threading.Lock()
 
 
@@ -99,13 +100,18 @@ class Launcher:
         return tuple(results)
 
 
-@functools.cache
-def _launcher(kernel: Kernel, p: Problem, cfg: tuple[tuple[str, Any], ...], target: str) -> Launcher:
-    return Launcher(kernel, p, dict(cfg), target)
-
-
 def get_launcher(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Launcher:
-    """The process-wide launcher of a configuration, compiled at the first call only."""
-    key = tuple(sorted(cfg.items()))
-    with _LOCK:  # two threads must not compile one kernel twice
-        return _launcher(kernel, p, key, target)
+    """The process-wide launcher of a configuration, compiled at the first call only.
+
+    Threads that ask for the same one wait for the first; threads that ask for others compile beside it.
+    """
+    key = (kernel, p, tuple(sorted(cfg.items())), target)
+    launcher = _LAUNCHERS.get(key)
+    if launcher is None:
+        with _LOCK:
+            lock = _COMPILING.setdefault(key, threading.Lock())
+        with lock:
+            launcher = _LAUNCHERS.get(key)
+            if launcher is None:
+                launcher = _LAUNCHERS[key] = Launcher(kernel, p, cfg, target)
+    return launcher

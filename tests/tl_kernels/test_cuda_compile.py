@@ -1,6 +1,8 @@
 """Every program compiles for every supported CUDA architecture from the one source; nvcc needs no GPU."""
 
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,14 +13,30 @@ from tl_kernels.spec import SHARED_LIMIT
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
 
+ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """Futures of the CUDA source of every (kernel, architecture), compiled on all cores: lowering and nvcc leave the GIL."""
+
+    def compile_default(name, arch):
+        kernel = KERNELS[name]
+        p = kernel.problem(4, 2560)
+        return compile_kernel(kernel, p, kernel.default(p), arch).get_kernel_source()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {(name, arch): pool.submit(compile_default, name, arch) for arch in ARCHS for name in NAMES}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
 @nvcc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a", "sm_120a"])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_default_compiles(name, arch):
-    kernel = KERNELS[name]
-    p = kernel.problem(4, 2560)
-    jit = compile_kernel(kernel, p, kernel.default(p), arch)
-    assert f"{name}_kernel" in jit.get_kernel_source()
+def test_default_compiles(name, arch, sources):
+    assert f"{name}_kernel" in sources[name, arch].result()
 
 
 @nvcc

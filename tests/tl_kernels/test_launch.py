@@ -1,5 +1,7 @@
 """Compiling and calling: one launcher a configuration, other devices, poisoned outputs handed in."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -11,6 +13,12 @@ from tuner.inputs import make_inputs
 
 def test_a_configuration_is_compiled_once():
     assert launcher("pre", "cpu", 4, 64) is launcher("pre", "cpu", 4, 64)
+
+
+def test_threads_that_ask_for_the_same_share_one_compile():
+    with ThreadPoolExecutor(4) as pool:
+        launchers = list(pool.map(lambda _: launcher("pre", "cpu", 4, 192), range(4)))
+    assert len({id(one) for one in launchers}) == 1
 
 
 def test_cpu_is_a_target():
