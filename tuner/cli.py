@@ -6,13 +6,15 @@ import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from tuner.errors import TuneError
 
 INTERRUPTED = 130
+#: What typer raises for a bad option; it has no public name in every supported release.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 HELP = """Tune the mHC kernels for the GPU (or CPU) in this machine and write a profile that `import mhc` finds.
 
@@ -85,13 +87,19 @@ def tune(
 def main() -> None:
     """Entry point: one line on stderr and exit code 2 for what the user can mend."""
     try:
-        app(prog_name="mhc-tune")
-    except TuneError as e:
-        print(f"mhc-tune: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        sys.exit(app(prog_name="mhc-tune", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
         print("mhc-tune: interrupted before anything was measured", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except TuneError as e:
+        _refuse(str(e))
+    except _UsageError as e:
+        _refuse(f"{e.format_message()} (mhc-tune --help explains)")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"mhc-tune: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

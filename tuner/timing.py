@@ -85,7 +85,7 @@ class Clock:
     def copy_gbps(self, nbytes: int | None = None) -> float:
         """Copy bandwidth in GB/s (bytes read plus written): what a perfect memory-bound kernel would reach here."""
         nbytes = nbytes or (64 << 20 if self.device.type == "cpu" else 1 << 30)
-        source = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        source = torch.empty(nbytes, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
         self.sample(lambda: target.copy_(source), 2)
         return 2 * nbytes / median(self.sample(lambda: target.copy_(source), 9)) / 1e3

@@ -52,6 +52,10 @@ def test_help_teaches(tmp_path):
         (["--gpu", "cpu", "--output", "."], "is a folder"),
         (["--gpu", "cpu", "--storage", "nowhere://x"], "--storage nowhere://x: cannot be opened"),
         (["--workloads-file", "bad.yaml"], "bad.yaml"),
+        (["--trials", "0"], "'--trials'"),
+        (["--effort", "huge"], "'--effort'"),
+        (["--no-such-option"], "--no-such-option"),
+        (["no-such-command"], "no-such-command"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, args, said):
