@@ -20,9 +20,9 @@ LOOK = {
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over a window centred on each step, 5% of the run wide and narrower at its ends."""
+    """Mean over a window centred on each step, 5% of the run wide; narrower at the steep start, one-sided at the end."""
     reach = len(values) // 40
-    windows = (values[max(0, k - r) : k + r + 1] for k in range(len(values)) for r in (min(reach, k, len(values) - 1 - k),))
+    windows = (values[k - r : k + r + 1] for k in range(len(values)) for r in (min(reach, k),))
     return [sum(w) / len(w) for w in windows]
 
 
