@@ -20,9 +20,9 @@ LOOK = {
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over a window centred on each step, 5% of the run wide; narrower at the steep start, one-sided at the end."""
+    """Mean over a window centred on each step, 5% of the run wide and narrower at its ends."""
     reach = len(values) // 40
-    windows = (values[k - r : k + r + 1] for k in range(len(values)) for r in (min(reach, k),))
+    windows = (values[max(0, k - r) : k + r + 1] for k in range(len(values)) for r in (min(reach, k, len(values) - 1 - k),))
     return [sum(w) / len(w) for w in windows]
 
 
@@ -44,14 +44,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
         steps = range(1, len(run["loss"]) + 1)
         val = f", validation {run['val'][-1][1]:.3f}" if run["val"] else ""
         top.plot(steps, run["loss"], color=color, alpha=0.2, linewidth=0.8)
-        top.plot(steps, smooth(run["loss"]), color=color, linewidth=1.8, label=f"{label}{val}, {run['median_step_ms']:.1f} ms/step")
+        # the last windows are too narrow to smooth: the line stops before them
+        whole = len(steps) - len(steps) // 40
+        text = f"{label}{val}, {run['median_step_ms']:.1f} ms/step"
+        top.plot(steps[:whole], smooth(run["loss"])[:whole], color=color, linewidth=1.8, label=text)
         if run["val"]:
             top.plot(*zip(*run["val"], strict=True), linestyle="none", marker="o", markersize=4, markerfacecolor="white", color=color)
         if compared:
             # the same batches in the same order: what is left after the subtraction is the residual connection's doing
             gap = [mine - theirs for mine, theirs in zip(run["loss"], plain, strict=False)]
             panels[1].plot(steps[: len(gap)], gap, color=color, alpha=0.2, linewidth=0.8)
-            panels[1].plot(steps[: len(gap)], smooth(gap), color=color, linewidth=1.6)
+            panels[1].plot(steps[: len(gap)][:whole], smooth(gap)[:whole], color=color, linewidth=1.6)
         bottom.plot(steps, run["grad_norm"], color=color, linewidth=1.0)
     options = result["options"]
     shape = f"{options['layers']} layers, C = {options['dim']}, n = {options['n']}, {options['batch']} x {options['seq']} bytes a step"
