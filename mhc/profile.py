@@ -305,7 +305,7 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
     entries = _fresh_entries(source, kernel, device) if source else []
     if not source or not entries:
         return default
-    has_C, has_dtype = _depends_on(kernel)
+    has_C, has_dtype = kernel.has_channels, kernel.has_streams
 
     def distance(e: Entry) -> tuple[float, ...]:
         far_C = abs(math.log(e.C / p.C)) if has_C else 0.0
@@ -348,8 +348,7 @@ def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> lis
 
 def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: torch.device, served: str, refused: str) -> None:
     # Once per shape, not once per kernel and T: ten kernels would say the same ten times.
-    has_C, has_dtype = _depends_on(kernel)
-    shape = f"n={p.n}" + (f", C={p.C}" if has_C else "") + (f", {p.dtype}" if has_dtype else "")
+    shape = f"n={p.n}" + (f", C={p.C}" if kernel.has_channels else "") + (f", {p.dtype}" if kernel.has_streams else "")
     message = f"{source.path} was not tuned at {shape}, T~{T}: {kernel.name} is {served}"
     if refused:  # the kernel is named: another one may well accept the same entry
         _say(logging.WARNING, "refused", source.path, kernel.name, shape, message=f"{message}; not by {refused}")
@@ -364,12 +363,6 @@ def _reason_against(kernel: Kernel, p: Problem, config: dict[str, Any], default:
         return kernel.invalid(p, config)
     except (TypeError, ValueError, ArithmeticError) as e:  # a knob of the wrong type or a zero, edited by hand
         return f"its config {config} is malformed: {e}"
-
-
-def _depends_on(kernel: Kernel) -> tuple[bool, bool]:
-    """Whether any tensor of the kernel has C in its shape, and whether any has the streams' dtype."""
-    tensors = (*kernel.inputs, *kernel.outputs)
-    return any({"C", "K"} & set(t.dims.split()) for t in tensors), any(t.dtype == "stream" for t in tensors)
 
 
 def _wide(dtype: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tl_kernels.reference import streams
 from tl_kernels.spec import MAX_N, Problem, Tensor
 
 STREAM_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -70,7 +71,7 @@ class Signature:
             raise self.fail(t, f"shape {tuple(value.shape)}", f"[{', '.join(names)}]")
         size = dict(zip(names, value.shape, strict=True))
         if "n" not in size:
-            size["n"] = round((size["M"] + 1) ** 0.5) - 1
+            size["n"] = streams(size["M"])
         n, C = size["n"], size.get("C", 1)
         if not 1 <= n <= MAX_N:
             raise self.fail(t, f"shape {tuple(value.shape)}", f"[{', '.join(names)}] with n in 1..{MAX_N}")
@@ -84,7 +85,7 @@ class Signature:
         stream, device = args[self.anchor].dtype, args[self.anchor].device
         for t, value in zip(self.inputs, args, strict=True):
             names = t.dims.split()
-            wanted = tuple(size[d] if d in size else int(d) for d in names)
+            wanted = t.resolve(size)
             if tuple(value.shape) != wanted:
                 raise self.fail(t, f"shape {tuple(value.shape)}", f"{wanted} = [{', '.join(names)}]")
             if t.dtype != "stream":
@@ -108,9 +109,7 @@ class Signature:
     def empty(self, args: Sequence[torch.Tensor], size: dict[str, int]) -> list[torch.Tensor]:
         """Uninitialised results of a checked call."""
         stream, like = args[self.anchor].dtype, args[self.anchor]
-        shapes = [[size[d] if d in size else int(d) for d in t.dims.split()] for t in self.outputs]
-        dtypes = [stream if t.dtype == "stream" else torch.float32 for t in self.outputs]
-        return [like.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return [like.new_empty(t.resolve(size), dtype=stream if t.dtype == "stream" else torch.float32) for t in self.outputs]
 
 
 def _pair(

@@ -74,7 +74,10 @@ class Tensor:
     flat: bool = False
 
     def shape(self, p: Problem, T: int) -> tuple[int, ...]:
-        sizes = {"T": T, "n": p.n, "C": p.C, "M": p.M, "K": p.K}
+        return self.resolve({"T": T, "n": p.n, "C": p.C, "M": p.M, "K": p.K})
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape for given sizes of the dims that are names; the others are numbers."""
         return tuple(sizes[d] if d in sizes else int(d) for d in self.dims.split())
 
     def dtype_name(self, p: Problem) -> str:
@@ -112,6 +115,16 @@ class Kernel:
         if unknown:
             raise TypeError(f"{self.name}: unknown option {', '.join(sorted(unknown))}; it has {', '.join(self.options) or 'none'}")
         return Problem(n, C, dtype, tuple(sorted({**self.options, **options}.items())))
+
+    @cached_property
+    def has_channels(self) -> bool:
+        """Whether any tensor has C in its shape; if not, one program serves every C."""
+        return any({"C", "K"} & set(t.dims.split()) for t in (*self.inputs, *self.outputs))
+
+    @cached_property
+    def has_streams(self) -> bool:
+        """Whether any tensor has the streams' dtype."""
+        return any(t.dtype == "stream" for t in (*self.inputs, *self.outputs))
 
     def bytes_moved(self, p: Problem, T: int) -> int:
         """Floor in bytes: every input read once, every result written once."""

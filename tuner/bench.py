@@ -29,6 +29,7 @@ from tl_kernels.launch import device_arch, get_launcher
 from tuner.bench_report import PASSES, chart, markdown
 from tuner.bench_rivals import RIVALS, Boundary, Case, Rival, expected
 from tuner.errors import TuneError, one_line, unknown
+from tuner.gate import relative_error
 from tuner.hardware import resolve
 from tuner.inputs import make_inputs
 from tuner.timing import median, median_interval
@@ -101,7 +102,7 @@ def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str
     """||got - want|| / ||want|| per tensor; infinite where a value is not finite."""
     errors = {}
     for name, w in want.items():
-        error = ((got[name].double() - w).norm() / w.norm().clamp_min(1e-30)).item()
+        error = relative_error(got[name], w)
         errors[name] = error if math.isfinite(error) else math.inf
     return errors
 

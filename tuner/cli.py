@@ -10,9 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tuner.errors import TuneError
+from tuner.errors import INTERRUPTED, TuneError
 
-INTERRUPTED = 130
 #: What typer raises for a bad option; it has no public name in every supported release.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+#: Exit code after Ctrl-C, as a shell gives it.
+INTERRUPTED = 130
+
 
 class TuneError(Exception):
     """The user must change something: printed as one line on stderr, exit code 2."""

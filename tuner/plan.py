@@ -8,7 +8,7 @@ from tl_kernels import KERNELS, NAMES
 from tl_kernels.spec import Problem
 from tuner.errors import TuneError, unknown
 from tuner.hardware import Hardware
-from tuner.search import Task, has_channels
+from tuner.search import Task
 from tuner.workloads import Workload
 
 
@@ -66,8 +66,8 @@ def make_tasks(kernels: Sequence[str], workloads: Sequence[Workload], hardware: 
                 raise TuneError(f"kernel {name}: {e}; is the installation complete? (pip install --force-reinstall)") from None
             for T in tokens or workload.buckets(hardware.arch):
                 every = sorted(set(covers[workload.n, workload.dtype, T]))
-                C = workload.C if has_channels(spec) else every[0]
+                C = workload.C if spec.has_channels else every[0]
                 p = spec.problem(workload.n, C, workload.dtype)
-                task = Task(name, p, T, hardware.arch, hardware.profile, (C,) if has_channels(spec) else tuple(every))
+                task = Task(name, p, T, hardware.arch, hardware.profile, (C,) if spec.has_channels else tuple(every))
                 tasks.setdefault((name, p, T), task)
     return list(tasks.values())

@@ -15,12 +15,11 @@ from rich.console import Console
 
 from tuner.display import Display, duration, result_table
 from tuner.effort import effort_of
-from tuner.errors import TuneError, one_line
+from tuner.errors import INTERRUPTED, TuneError, one_line
 from tuner.hardware import Hardware, find_compiler, resolve
 from tuner.plan import make_tasks, parse_tokens, pick_kernels, pick_workloads, split_names
 from tuner.workloads import WorkloadError, load_workloads
 
-INTERRUPTED = 130
 STATE = Path(".mhc-tune")
 
 

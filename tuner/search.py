@@ -36,11 +36,6 @@ FAILED = ("wrong", "compile_error", "crash", "timeout", "run_error")
 INFEASIBLE = "infeasible"
 
 
-def has_channels(kernel: Kernel) -> bool:
-    """Whether the program depends on C at all; if not, one study serves every C."""
-    return any(d in ("C", "K") for t in (*kernel.inputs, *kernel.outputs) for d in t.dims.split())
-
-
 @dataclass(frozen=True)
 class Task:
     """One shape of one kernel to tune. ``covers``: the C of every workload it stands for (several where the program has no C in it)."""
@@ -60,12 +55,12 @@ class Task:
     def key(self) -> str:
         """Stable name of the study; a changed kernel source starts a new one."""
         p = self.p
-        C = p.C if has_channels(self.spec) else "any"
+        C = p.C if self.spec.has_channels else "any"
         return "|".join(map(str, (self.kernel, p.n, C, p.dtype, self.T, self.profile, self.spec.source_hash)))
 
     @property
     def label(self) -> str:
-        C = self.p.C if has_channels(self.spec) else "any"
+        C = self.p.C if self.spec.has_channels else "any"
         return f"{self.kernel} n={self.p.n} C={C} {self.p.dtype} T={self.T}"
 
 

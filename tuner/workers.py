@@ -137,10 +137,7 @@ class WorkerPool:
                 continue
             try:
                 future.set_result(self._process(index).call(fn, args, timeout))
-            except WorkerCrash as e:
-                self._drop(index)
-                future.set_exception(e)
-            except WorkerTimeout as e:
+            except (WorkerCrash, WorkerTimeout) as e:
                 self._drop(index)
                 future.set_exception(e)
             except BaseException as e:  # the pool outlives any one job, unpicklable ones included

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mhc
+from tests.conftest import relative_error as relative
 
 modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 configuration = pytest.importorskip("transformers.models.deepseek_v4.configuration_deepseek_v4")
@@ -47,10 +48,6 @@ class ExactConnection(torch.nn.Module):
 
         flat = x.reshape(-1, N, DIM)
         return reference_block(self.hc, flat, layer, self.hc.fn, self.hc.base, self.hc.scale).view(x.shape)
-
-
-def relative(got, want):
-    return ((got.double().cpu() - want.double().cpu()).norm() / want.double().norm().cpu()).item()
 
 
 def gradients(y, inputs, seed=1):
