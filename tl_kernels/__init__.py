@@ -10,8 +10,11 @@ from collections.abc import Iterator, Mapping
 
 from tl_kernels.spec import Kernel
 
-#: In the order a boundary runs them; a backward stands in its forward's file.
-NAMES = tuple(name + suffix for name in ("project", "activate", "sinkhorn", "pre", "post_res") for suffix in ("", "_bwd"))
+#: The steps of the paper, in the order a boundary runs them; a backward stands in its forward's file.
+STEPS = tuple(name + suffix for name in ("project", "activate", "sinkhorn", "pre", "post_res") for suffix in ("", "_bwd"))
+#: What the fused boundary runs beside ``pre`` and ``post_res``: forward, then backward. Each in the file of its name.
+FUSED: tuple[str, ...] = ()
+NAMES = STEPS + FUSED
 
 
 class _Registry(Mapping[str, Kernel]):

@@ -59,21 +59,27 @@ class Launcher:
         self._call = self.jit if target == "cpu" else self.jit.adapter.get_exportable_executable()
         self._allocate = [self._plan(t) for t in kernel.outputs]
         self._partial = any(t.partial for t in kernel.outputs)
+        self._sums = [i for i, t in enumerate(kernel.outputs) if t.partial or t.split]
+        # where T stands: (input, dimension); a second stage has none and always runs
+        self._T = next(((i, t.dims.split().index("T")) for i, t in enumerate(kernel.inputs) if "T" in t.dims.split()), None)
         self._flat = [i for i, t in enumerate((*kernel.inputs, *kernel.outputs)) if t.flat]
 
     def _plan(self, tensor):
-        lead = (self.cfg["splits"],) if tensor.partial else ()
+        splits = self.cfg["splits"] if tensor.partial or tensor.split else 1
+        lead = (splits,) if tensor.partial else ()
         dtype = getattr(torch, tensor.dtype_name(self.p))
         stored = torch.float32 if self._as_float and dtype is torch.bfloat16 else dtype
-        return tensor, lead, stored, dtype
+        return tensor, lead, splits, stored, dtype
 
     def empty_outputs(self, T: int, device: torch.device) -> list[torch.Tensor]:
         """Result tensors as the program writes them: uninitialised, two-stage ones with their leading S."""
-        return [torch.empty(lead + t.shape(self.p, T), dtype=stored, device=device) for t, lead, stored, _ in self._allocate]
+        return [
+            torch.empty(lead + t.shape(self.p, T, splits), dtype=stored, device=device) for t, lead, splits, stored, _ in self._allocate
+        ]
 
     def __call__(self, *inputs: torch.Tensor, out: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
         """Run on ``inputs`` in the spec's order. ``out``: the result of :meth:`empty_outputs`, e.g. poisoned by a test."""
-        T = inputs[0].shape[0]
+        T = inputs[self._T[0]].shape[self._T[1]] if self._T else 1
         out = self.empty_outputs(T, inputs[0].device) if out is None else out
         if T > 0:
             if self._as_float:
@@ -86,8 +92,9 @@ class Launcher:
             else:
                 with torch.cuda.device(inputs[0].device):
                     self._call(*args)
-        elif self._partial:
-            out = [o.zero_() if t.partial else o for o, t in zip(out, self.kernel.outputs, strict=True)]
+        else:
+            for i in self._sums:
+                out[i].zero_()
         return self.finish(out)
 
     def finish(self, out: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -95,7 +102,7 @@ class Launcher:
         if not self._partial and not self._as_float:
             return tuple(out)
         results = []
-        for value, (tensor, _, _, dtype) in zip(out, self._allocate, strict=True):
+        for value, (tensor, *_, dtype) in zip(out, self._allocate, strict=True):
             results.append((value.sum(0) if tensor.partial else value).to(dtype))
         return tuple(results)
 

@@ -1,7 +1,7 @@
 """What a kernel is, as data: its tensors, its search space and constraints, its default, the bytes it must move.
 
 Shape legend, used in every file of this package:
-T tokens (dynamic), n streams, C channels, M = n*n + 2*n coefficients a token, K = n*C, S token splits of a two-stage reduction.
+T tokens (dynamic), n streams, C channels, M = n*n + 2*n coefficients a token, Q = M + 1, K = n*C, S splits of a two-stage reduction.
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ class Tensor:
     dims: str
     dtype: str = "float32"
     partial: bool = False
+    #: Like ``partial``, with S written out in ``dims``, but nobody sums: another program takes the splits as they are, for any S.
+    split: bool = False
     #: The program declares ``[T, K]`` for these ``[T, n, C]``; the launcher passes a view.
     flat: bool = False
 
-    def shape(self, p: Problem, T: int) -> tuple[int, ...]:
-        return self.resolve({"T": T, "n": p.n, "C": p.C, "M": p.M, "K": p.K})
+    def shape(self, p: Problem, T: int, splits: int = 1) -> tuple[int, ...]:
+        return self.resolve({"T": T, "n": p.n, "C": p.C, "M": p.M, "K": p.K, "Q": p.M + 1, "M+3": p.M + 3, "S": splits, "S2": splits})
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for given sizes of the dims that are names; the others are numbers."""
@@ -132,11 +134,25 @@ class Kernel:
 
     @cached_property
     def source_hash(self) -> str:
-        """Changes when the file that holds the program, or the helpers every program shares, changes."""
-        from tl_kernels import tiles
-
-        text = inspect.getsource(sys.modules[self.build.__module__]) + inspect.getsource(tiles)
+        """Changes when the file that holds the program, or a file of this package it takes helpers from, changes."""
+        files: list[str] = []
+        _collect(self.build.__module__, files)
+        text = "".join(inspect.getsource(sys.modules[name]) for name in sorted(files))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+#: What decides no generated code.
+_NOT_CODE = ("tl_kernels.spec", "tl_kernels.reference")
+
+
+def _collect(name: str, found: list[str]) -> None:
+    """The modules of this package that a module takes functions from, itself included."""
+    if name in found or name in _NOT_CODE or not name.startswith("tl_kernels."):
+        return
+    found.append(name)
+    for value in vars(sys.modules[name]).values():
+        if inspect.isfunction(value):
+            _collect(value.__module__, found)
 
 
 def vector_width(p: Problem) -> int:

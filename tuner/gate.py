@@ -50,6 +50,12 @@ def tolerance(tensor: Tensor, p: Problem) -> float:
     return TOLERANCE[p.dtype] if tensor.dtype == "stream" else TOLERANCE_COEFFICIENTS
 
 
+def token_dim(tensor: Tensor) -> int | None:
+    """Which dimension counts tokens, or None for a weight, its gradient and a second stage."""
+    dims = tensor.dims.split()
+    return dims.index("T") if "T" in dims else None
+
+
 @dataclass(frozen=True)
 class Case:
     """Inputs of one token count and their float64 answer."""
@@ -65,19 +71,21 @@ class Case:
 
 def reference_fp64(kernel: Kernel, p: Problem, inputs: Sequence[torch.Tensor], chunk_bytes: int = CHUNK_BYTES) -> tuple[torch.Tensor, ...]:
     """The kernel's reference in float64, in chunks of tokens: results with a T are joined, those without are sums over tokens."""
-    T = inputs[0].shape[0]
+    T = next((v.shape[d] for t, v in zip(kernel.inputs, inputs, strict=True) if (d := token_dim(t)) is not None), 1)
     # every tensor with a T, at most four times wider in float64, and as much again three times for what autograd keeps
-    per_token = 16 * sum(t.nbytes(p, 1) for t in (*kernel.inputs, *kernel.outputs) if "T" in t.dims.split())
+    per_token = 16 * sum(t.nbytes(p, 1) for t in (*kernel.inputs, *kernel.outputs) if token_dim(t) is not None) or 1
     rows = max(1, min(T, chunk_bytes // per_token))
-    by_token = ["T" in t.dims.split() for t in kernel.inputs]
+    at = [token_dim(t) for t in kernel.inputs]
     parts = []
     for start in range(0, T, rows):
-        chunk = [(v[start : start + rows] if cut else v).double() for v, cut in zip(inputs, by_token, strict=True)]
+        count = min(rows, T - start)
+        chunk = [(v if d is None else v.narrow(d, start, count)).double() for v, d in zip(inputs, at, strict=True)]
         parts.append(kernel.reference(*chunk, **dict(p.options)))
     results = []
     for i, tensor in enumerate(kernel.outputs):
         column = [part[i] for part in parts]
-        results.append(torch.cat(column) if "T" in tensor.dims.split() else torch.stack(column).sum(0))
+        d = token_dim(tensor)
+        results.append(torch.stack(column).sum(0) if d is None else torch.cat(column, d))
     return tuple(results)
 
 
@@ -112,6 +120,8 @@ def check(launcher: Runnable, case: Case) -> dict[str, float]:
     results = _run(launcher, case)
     errors = {}
     for tensor, got, expected in zip(kernel.outputs, results, case.expected, strict=True):
+        if tensor.split:  # how many splits is the configuration's own affair, their sum is not
+            got = got.double().sum(0, keepdim=True)
         if tuple(got.shape) != tuple(expected.shape):
             raise GateError(f"{tensor.name}: shape {tuple(got.shape)} at T={case.T}, wanted {tuple(expected.shape)}")
         error = relative_error(got, expected)

@@ -40,6 +40,10 @@ SPECIAL: dict[str, Make] = {
 }
 
 
+#: Leading size of inputs that another program wrote once per split.
+SPLITS = 3
+
+
 def make_inputs(kernel: Kernel, p: Problem, T: int, seed: int, device: str | torch.device = "cpu") -> tuple[torch.Tensor, ...]:
     """Contiguous inputs in the spec's order. The same (kernel, p, T, seed, device type) gives the same values."""
     device = torch.device(device)
@@ -47,7 +51,7 @@ def make_inputs(kernel: Kernel, p: Problem, T: int, seed: int, device: str | tor
     for tensor in kernel.inputs:
         generator = torch.Generator(device=device)
         generator.manual_seed(seed * 1_000_003 + zlib.crc32(f"{tensor.name}|{p.n}|{p.C}|{T}".encode()))
-        value = SPECIAL.get(tensor.name, _normal)(generator, tensor.shape(p, T), device, p)
+        value = SPECIAL.get(tensor.name, _normal)(generator, tensor.shape(p, T, SPLITS), device, p)
         values[tensor.name] = value.to(getattr(torch, tensor.dtype_name(p))).contiguous()
     if "rinv" in values and "x" in values:
         # a backward may use either rinv or x: they must belong together

@@ -42,5 +42,5 @@ def check(name, device, n, C, dtype="bfloat16", tokens=TOKENS, cfg=None, **optio
         inputs = make_inputs(run.kernel, run.p, T, seed, device)
         gate.check(run, Case(T, inputs, reference_fp64(run.kernel, run.p, inputs)))
     for tensor, out in zip(run.kernel.outputs, run(*make_inputs(run.kernel, run.p, 0, 0, device)), strict=True):
-        assert out.shape == tensor.shape(run.p, 0), tensor.name
+        assert out.shape == tensor.shape(run.p, 0, run.cfg.get("splits", 1)), tensor.name
         assert not out.any(), tensor.name
