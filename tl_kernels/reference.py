@@ -55,6 +55,31 @@ def post_res(x, f, H_post, H_res):
     return torch.einsum("tij,tjc->tic", H_res, x) + H_post[:, :, None] * f[:, None, :]
 
 
+def project_parts(x, phi):
+    """Eq. 14-15 as sums over K that may come in splits, [S,Q,T]: rows z^T = phi vec(x)^T, then mean(vec(x)^2)."""
+    v = x.flatten(1)
+    return torch.cat([phi @ v.T, v.square().mean(-1)[None]])[None]
+
+
+def post_res_project(x, f, H_post, H_res, phi, dtype=None):
+    """:func:`post_res`, and :func:`project_parts` of y as stored: rounded to ``dtype``, the streams', a torch dtype or its name."""
+    y = post_res(x, f, H_post, H_res)
+    if dtype is not None:
+        y = y.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).to(y.dtype)
+    return y, project_parts(y, phi)
+
+
+def streams_grad(dy, du, x, dzs, H_pre, H_res, phi):
+    """The whole gradient of x, three uses of it at once: dx[j] = sum_i H_res[i,j] dy[i] + H_pre[j] du + (dz phi)_j + c/K x[j].
+
+    dzs [Q,T]: dz^T, then c. Also dphi = dz^T vec(x), as [S,M,K].
+    """
+    v, dz, c = x.flatten(1), dzs[:-1], dzs[-1]
+    dv = dz.T @ phi + c[:, None] * v / phi.shape[1]
+    dx = torch.einsum("tij,tic->tjc", H_res, dy) + H_pre[:, :, None] * du[:, None, :] + dv.view_as(x)
+    return dx, (dz @ v)[None]
+
+
 def streams(M):
     """n from M = n*n + 2*n."""
     return round((M + 1) ** 0.5) - 1
