@@ -37,6 +37,7 @@ def _register_intrinsics():
             pass
 
     register("tirx.fabs", lambda op: tirx.call_pure_extern(op.dtype, "fabsf", op.args[0]))
+    register("tl.fast_rcp", lambda op: tirx.const(1.0, op.dtype) / op.args[0])
     for name in ("tl.pdl_sync", "tl.pdl_trigger"):
         register(name, lambda op: tirx.const(0, "int32"))
 

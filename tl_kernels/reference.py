@@ -45,6 +45,32 @@ def sinkhorn(h_res, iters=20, eps=1e-6, order="columns_first"):
     return m
 
 
+def coefficients(parts, alpha, b, norm_eps=1e-6, pre_eps=1e-6, post_mult=2.0, iters=20, eps=1e-6, order="columns_first"):
+    """Eq. 15-19 from the projections parts [S,Q,T]: H_pre, H_post, H_res and zs [Q,T], rows z^T and 1/r. ``iters=0``: H_res = identity."""
+    total = parts.sum(0)
+    zs = torch.cat([total[:-1], torch.rsqrt(total[-1:] + norm_eps)])
+    return *_coefficients(zs[:-1].T, zs[-1], alpha, b, pre_eps, post_mult, iters, eps, order), zs
+
+
+def _coefficients(z, rinv, alpha, b, pre_eps, post_mult, iters, eps, order):
+    H_pre, H_post, h_res = activate(z, rinv, alpha, b, pre_eps, post_mult)
+    identity = torch.eye(h_res.shape[-1], dtype=z.dtype, device=z.device).expand_as(h_res)
+    return H_pre, H_post, sinkhorn(h_res, iters, eps, order) if iters else identity + 0 * h_res
+
+
+def coefficients_bwd(dH_pre, dH_post, dH_res, zs, alpha, b, post_mult=2.0, iters=20, eps=1e-6, order="columns_first"):
+    """Gradients of :func:`coefficients` from its own zs: dzs [Q,T], rows dz^T and c = -d(1/r)/r^3, and dab [1,M+3], dalpha before db."""
+    z, rinv = zs[:-1].T, zs[-1]
+    options = {"pre_eps": 0.0, "post_mult": post_mult, "iters": iters, "eps": eps, "order": order}
+    dz, drinv, dalpha, db = vjp(_coefficients, (z, rinv, alpha, b), (dH_pre, dH_post, dH_res), **options)
+    return torch.cat([dz.T, -(drinv * rinv**3)[None]]), torch.cat([dalpha, db])[None]
+
+
+def sum_parts(dphi, dab):
+    """The second stage of the weight gradients, dphi [S,M,K] and dab [S2,M+3]: dphi [M,K], dalpha [3], db [M]."""
+    return dphi.sum(0), dab[:, :3].sum(0), dab[:, 3:].sum(0)
+
+
 def pre(x, H_pre):
     """F_pre: u = sum_j H_pre[j] x[j]."""
     return torch.einsum("tj,tjc->tc", H_pre, x)
@@ -78,6 +104,17 @@ def streams_grad(dy, du, x, dzs, H_pre, H_res, phi):
     dv = dz.T @ phi + c[:, None] * v / phi.shape[1]
     dx = torch.einsum("tij,tic->tjc", H_res, dy) + H_pre[:, :, None] * du[:, None, :] + dv.view_as(x)
     return dx, (dz @ v)[None]
+
+
+def post_res_grads(dy, x, f, H_post):
+    """Gradients of :func:`post_res` but dx: df = sum_i H_post[i] dy[i], dH_post[i] = <f, dy[i]>, dH_res[i,j] = <x[j], dy[i]>."""
+    df = torch.einsum("ti,tic->tc", H_post, dy)
+    return df, torch.einsum("tc,tic->ti", f, dy), torch.einsum("tjc,tic->tij", x, dy)
+
+
+def pre_grad(du, x):
+    """Gradient of :func:`pre` for H_pre: dH_pre[j] = <x[j], du>."""
+    return torch.einsum("tjc,tc->tj", x, du)
 
 
 def streams(M):

@@ -29,6 +29,13 @@ def _phi(generator: torch.Generator, shape: Shape, device: torch.device, p: Prob
     return torch.randn(shape, generator=generator, device=device) / p.K**0.5
 
 
+def _projections(generator: torch.Generator, shape: Shape, device: torch.device, p: Problem) -> torch.Tensor:
+    # the last row is positive: a mean of squares in parts, 1/r in zs
+    value = torch.randn(shape, generator=generator, device=device)
+    value[..., -1, :] = torch.rand(value[..., -1, :].shape, generator=generator, device=device) * 1.5 + 0.5
+    return value
+
+
 #: Streams, logits, biases and every gradient are N(0, 1); what is named here is not.
 SPECIAL: dict[str, Make] = {
     "phi": _phi,
@@ -37,6 +44,8 @@ SPECIAL: dict[str, Make] = {
     "H_post": _uniform(0.02, 1.98),
     "H_res": _uniform(0.01, 0.99),
     "alpha": _uniform(0.5, 1.5),
+    "parts": _projections,
+    "zs": _projections,
 }
 
 
