@@ -23,11 +23,21 @@ INIT_ALPHA = 0.01
 
 
 class Context(NamedTuple):
-    """What :meth:`HyperConnection.pre` keeps for :meth:`HyperConnection.post`: the flattened streams and their coefficients."""
+    """What :meth:`HyperConnection.pre` keeps for :meth:`HyperConnection.post`: the flattened streams and their coefficients.
+
+    Read what you like; pass it on as it is. ``ticket`` (None on the path of single steps) stands for x's share of the gradient through
+    H_res, see :mod:`mhc.fused`: with another x or H_res put in its place beside the ticket, gradients would be wrong.
+    """
 
     x: torch.Tensor  # [T, n, dim]
     H_post: torch.Tensor  # [T, n] float32
     H_res: torch.Tensor  # [T, n, n] float32
+    ticket: torch.Tensor | None = None  # [T, n, dim] without storage
+
+    @property
+    def linked(self) -> bool:
+        """Whether the gradient of x comes by the ticket: it was made, and not under no_grad for an x that wants a gradient."""
+        return self.ticket is not None and (self.ticket.requires_grad or not self.x.requires_grad)
 
 
 def check_sizes(n: int, dim: int) -> None:
@@ -47,7 +57,7 @@ def flatten_streams(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
     """[..., n, dim] -> contiguous [T, n, dim]. Raises ValueError naming x."""
     if x.dim() < 2 or x.shape[-2] != n or x.shape[-1] != dim:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., n={n}, dim={dim}]; mhc.expand(h, {n}) makes streams of [..., dim]")
-    return x.reshape(math.prod(x.shape[:-2]), n, dim).contiguous()
+    return (x if x.dim() == 3 else x.reshape(math.prod(x.shape[:-2]), n, dim)).contiguous()
 
 
 class Float32Parameters(nn.Module):
@@ -85,7 +95,14 @@ class HyperConnection(Float32Parameters):
         u      = sum_j H_pre[j] x[j]                            what the layer gets
         y[i]   = sum_j H_res[i,j] x[j] + H_post[i] layer(u)
 
-    Use it apart, ``u, ctx = hc.pre(x)`` and ``x = hc.post(layer(u), ctx)``, or around a layer, ``x = hc(x)``.
+    Use it apart, ``u, ctx = hc.pre(x)`` and ``x = hc.post(layer(u), ctx)``, or around a layer, ``x = hc(x)``. Where one connection
+    follows another, :meth:`cross` does the first one's post and the second one's pre together, which saves reading the streams once:
+
+        u, ctx = hc0.pre(x)
+        u, ctx = hc1.cross(layer0(u), ctx)
+        x = hc1.post(layer1(u), ctx)
+
+    :func:`mhc.chain` does this for a list of layers.
 
     Parameters, always float32 (casting the model moves them and leaves their dtype), named and laid out as in Hugging Face's
     ``DeepseekV4HyperConnection``, whose numbers the defaults give: ``fn`` [M, n*dim] is phi, rows H_pre [n], H_post [n], H_res [n*n]
@@ -106,6 +123,8 @@ class HyperConnection(Float32Parameters):
         norm_eps, pre_eps, sinkhorn_eps: added to mean(x^2), to H_pre, and to each Sinkhorn entry and sum.
         post_mult: range of H_post.
         order: ``columns_first`` (paper, DeepSeek-V4: rows sum to 1 exactly, columns nearly) or ``rows_first``.
+        fused: False computes by the five operators of the paper one after the other: 18 instead of 14 passes over [T, dim] per boundary
+            forward and more than twice the backward, the same numbers within rounding. For comparison, and for gradients of H_pre itself.
         residual_mixing: False fixes H_res to the identity. ``fn``, ``base`` and ``scale`` keep their shapes, so that a checkpoint fits
             both ways; the entries of H_res then have zero gradients.
         device, dtype: of the parameters; dtype must be float32.
@@ -127,6 +146,7 @@ class HyperConnection(Float32Parameters):
         post_mult: float = 2.0,
         order: str = "columns_first",
         residual_mixing: bool = True,
+        fused: bool = True,
         device: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -136,6 +156,7 @@ class HyperConnection(Float32Parameters):
         self.dim, self.n, self.layer = dim, n, layer
         self.sinkhorn_iters, self.order, self.residual_mixing = sinkhorn_iters, order, residual_mixing
         self.norm_eps, self.pre_eps, self.sinkhorn_eps, self.post_mult = norm_eps, pre_eps, sinkhorn_eps, post_mult
+        self.fused = fused
         M = n * n + 2 * n
         self.fn = self.float32_parameter(M, n * dim, device=device, dtype=dtype)
         self.base = self.float32_parameter(M, device=device, dtype=dtype)
@@ -166,19 +187,52 @@ class HyperConnection(Float32Parameters):
         H_pre, H_post, H_res = self._coefficients(flatten_streams(x, self.n, self.dim))
         return H_pre.reshape(*lead, self.n), H_post.reshape(*lead, self.n), H_res.reshape(*lead, self.n, self.n)
 
+    def _weights(self) -> tuple[Any, ...]:
+        """phi, alpha, b and the options, as :func:`mhc.ops.enter` takes them."""
+        iters = self.sinkhorn_iters if self.residual_mixing else 0
+        return self.fn, self.scale, self.base, self.norm_eps, self.pre_eps, self.post_mult, iters, self.sinkhorn_eps, self.order
+
     def pre(self, x: torch.Tensor) -> tuple[torch.Tensor, Context]:
-        """Streams x [..., n, dim] -> layer input u [..., dim] in x's dtype, and what :meth:`post` needs."""
+        """Streams x [..., n, dim] -> layer input u [..., dim] in x's dtype, and what :meth:`post` or :meth:`cross` needs."""
         x_TnC = flatten_streams(x, self.n, self.dim)
-        H_pre, H_post, H_res = self._coefficients(x_TnC)
-        u = ops.pre(x_TnC, H_pre)
-        return u.view(*x.shape[:-2], self.dim), Context(x_TnC, H_post, H_res)
+        if self.fused:
+            u, _, H_post, H_res, _, ticket = ops.enter(x_TnC, *self._weights())
+            ctx = Context(x_TnC, H_post, H_res, ticket)
+        else:
+            H_pre, H_post, H_res = self._coefficients(x_TnC)
+            u = ops.pre(x_TnC, H_pre)
+            ctx = Context(x_TnC, H_post, H_res)
+        return u if x.dim() == 3 else u.view(*x.shape[:-2], self.dim), ctx
+
+    def _layer_output(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """f [..., dim] -> [T, dim] in the streams' dtype. Raises ValueError naming f."""
+        T = ctx.x.shape[0]
+        if f.shape[-1:] != (self.dim,) or f.numel() != T * self.dim:
+            raise ValueError(f"f: got shape {tuple(f.shape)}, wanted [..., dim={self.dim}] with {T} tokens, as u from pre()")
+        return (f if f.dim() == 2 else f.reshape(T, self.dim)).to(ctx.x.dtype)
 
     def post(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Layer output f [..., dim] -> new streams [..., n, dim]. f is cast to the streams' dtype first, as under autocast."""
-        if f.shape[-1:] != (self.dim,) or f.numel() != ctx.x.shape[0] * self.dim:
-            raise ValueError(f"f: got shape {tuple(f.shape)}, wanted [..., dim={self.dim}] with {ctx.x.shape[0]} tokens, as u from pre()")
-        f_TC = f.reshape(ctx.x.shape[0], self.dim).to(ctx.x.dtype)
-        return ops.post_res(ctx.x, f_TC, ctx.H_post, ctx.H_res).view(*f.shape[:-1], self.n, self.dim)
+        f_TC = self._layer_output(f, ctx)
+        if ctx.linked:
+            y = ops.leave(ctx.x, f_TC, ctx.H_post, ctx.H_res, ctx.ticket)
+        else:
+            y = ops.post_res(ctx.x, f_TC, ctx.H_post, ctx.H_res)
+        return y if f.dim() == 2 else y.view(*f.shape[:-1], self.n, self.dim)
+
+    def cross(self, f: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, Context]:
+        """``self.pre(previous.post(f, ctx))`` in one: from the previous layer's output f [..., dim] to this one's input u [..., dim].
+
+        ctx is the previous connection's, of as many streams and channels as this one; its other options may differ. The streams in
+        between are ``x`` of the Context that comes back.
+        """
+        if ctx.x.shape[1:] != (self.n, self.dim):
+            raise ValueError(f"ctx: got streams of shape {tuple(ctx.x.shape)}, wanted [T, n={self.n}, dim={self.dim}]")
+        if not (self.fused and ctx.linked):
+            return self.pre(self.post(f, ctx))
+        f_TC = self._layer_output(f, ctx)
+        y, u, _, H_post, H_res, _, ticket = ops.boundary(ctx.x, f_TC, ctx.H_post, ctx.H_res, ctx.ticket, *self._weights())
+        return u if f.dim() == 2 else u.view(f.shape), Context(y, H_post, H_res, ticket)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """``post(layer(u, *args, **kwargs), ctx)``. A layer that returns a tuple gives a tuple, its first element replaced."""
@@ -192,7 +246,7 @@ class HyperConnection(Float32Parameters):
 
     def extra_repr(self) -> str:
         mixing = f"sinkhorn_iters={self.sinkhorn_iters}, order={self.order}" if self.residual_mixing else "residual_mixing=False"
-        return f"dim={self.dim}, n={self.n}, {mixing}"
+        return f"dim={self.dim}, n={self.n}, {mixing}" + ("" if self.fused else ", fused=False")
 
 
 def expand(h: torch.Tensor, n: int) -> torch.Tensor:

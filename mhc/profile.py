@@ -85,6 +85,11 @@ def choose(kernel: str, p: Problem, T: int, device: torch.device) -> Choice:
     return found
 
 
+def version() -> object:
+    """What :func:`choose` said holds for as long as this is the same object."""
+    return _STATE.choices
+
+
 def load_profile(path_or_name: str | Path) -> Profile:
     """Read a profile (``"h100"``, ``"out/h100.yaml"``) and use it from now on, in this process, instead of any other.
 

@@ -1,7 +1,7 @@
-"""What each operator takes and gives, and the check of its arguments. Free of TileLang, so that ``import mhc`` is too.
+"""What each kernel and each operator takes and gives, and the check of its arguments. Free of TileLang, so that ``import mhc`` is too.
 
 The same facts as in the specs of ``tl_kernels``, which a test compares with this table. Legend: T tokens, n streams, C channels,
-M = n*n + 2*n, K = n*C.
+M = n*n + 2*n, Q = M + 1, K = n*C, S splits, as many as the kernel that wrote them was configured for.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ X, F, U = Tensor("x", "T n C", "stream"), Tensor("f", "T C", "stream"), Tensor("
 PHI, ALPHA, B = Tensor("phi", "M K"), Tensor("alpha", "3"), Tensor("b", "M")
 Z, RINV, LOGITS = Tensor("z", "T M"), Tensor("rinv", "T"), Tensor("h_res", "T n n")
 H_PRE, H_POST, H_RES = Tensor("H_pre", "T n"), Tensor("H_post", "T n"), Tensor("H_res", "T n n")
+Y, TICKET = Tensor("y", "T n C", "stream"), Tensor("ticket", "T n C", "stream")
+PARTS, ZS, DZS = Tensor("parts", "S Q T", split=True), Tensor("zs", "Q T"), Tensor("dzs", "Q T")
+DPHI_PARTS, DAB_PARTS = Tensor("dphi", "S M K", split=True), Tensor("dab", "S2 M+3", split=True)
 
 
-def check_sinkhorn(iters: int, order: str) -> None:
+def check_sinkhorn(iters: int, order: str, least: int = 1) -> None:
     """Raise ValueError for options of the manifold projection that mean nothing."""
-    if iters < 1:
-        raise ValueError(f"sinkhorn iters: got {iters}, wanted at least 1")
+    if iters < least:
+        raise ValueError(f"sinkhorn iters: got {iters}, wanted at least {least}")
     if order not in ORDERS:
         raise ValueError(f"sinkhorn order: got {order!r}, wanted {' or '.join(map(repr, ORDERS))}")
 
@@ -41,7 +44,8 @@ def _grads(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 class Signature:
     """One operator. ``options`` are schema fragments such as ``float eps=1e-6`` with the names and defaults they declare.
 
-    ``anchor`` is the index of the argument that decides T, n, C and the stream dtype; the others must agree with it.
+    ``anchor`` is the index of the argument that decides T, n, C and the stream dtype; the others must agree with it. Arguments and results
+    named in ``tickets`` are never read or written: they have a shape and a dtype and one element of storage (:mod:`mhc.fused`).
     """
 
     name: str
@@ -49,6 +53,8 @@ class Signature:
     outputs: tuple[Tensor, ...]
     options: dict[str, Any]
     anchor: int = 0
+    tickets: tuple[str, ...] = ()
+    least_iters: int = 1
 
     @property
     def schema(self) -> str:
@@ -64,20 +70,22 @@ class Signature:
         return error(f"mhc.{self.name}: {t.name}: got {got}, wanted {wanted}")
 
     def sizes(self, args: Sequence[torch.Tensor]) -> dict[str, int]:
-        """T, n, C, M, K as the anchor has them. C is 1 where the operator has no channels. Raises ValueError."""
+        """The sizes the anchor decides. C is 1 where the operator has no channels, T where it has no tokens. Raises ValueError."""
         t, value = self.inputs[self.anchor], args[self.anchor]
         names = t.dims.split()
         if value.dim() != len(names):
             raise self.fail(t, f"shape {tuple(value.shape)}", f"[{', '.join(names)}]")
         size = dict(zip(names, value.shape, strict=True))
         if "n" not in size:
-            size["n"] = streams(size["M"])
-        n, C = size["n"], size.get("C", 1)
+            size["n"] = streams(size["M"] if "M" in size else size["Q"] - 1)
+        n = size["n"]
         if not 1 <= n <= MAX_N:
             raise self.fail(t, f"shape {tuple(value.shape)}", f"[{', '.join(names)}] with n in 1..{MAX_N}")
+        C = size["C"] if "C" in size else size["K"] // n if "K" in size else 1
         if C < 1:
             raise self.fail(t, f"shape {tuple(value.shape)}", f"[{', '.join(names)}] with at least 1 channel")
-        return {"T": size["T"], "n": n, "C": C, "M": n * n + 2 * n, "K": n * C}
+        M = n * n + 2 * n
+        return {"T": size.get("T", 1), "n": n, "C": C, "M": M, "Q": M + 1, "M+3": M + 3, "K": n * C}
 
     def check(self, args: Sequence[torch.Tensor]) -> dict[str, int]:
         """Raise ValueError (shape, device) or TypeError (dtype) naming the argument; return the sizes."""
@@ -85,7 +93,8 @@ class Signature:
         stream, device = args[self.anchor].dtype, args[self.anchor].device
         for t, value in zip(self.inputs, args, strict=True):
             names = t.dims.split()
-            wanted = t.resolve(size)
+            # how many splits another kernel made is its own affair
+            wanted = t.resolve({**size, names[0]: value.shape[0]} if t.split and value.dim() else size)
             if tuple(value.shape) != wanted:
                 raise self.fail(t, f"shape {tuple(value.shape)}", f"{wanted} = [{', '.join(names)}]")
             if t.dtype != "stream":
@@ -100,16 +109,32 @@ class Signature:
                 raise self.fail(t, f"device {value.device}", f"{device}, the device of {self.inputs[self.anchor].name}")
         return size
 
-    def problem(self, args: Sequence[torch.Tensor], size: dict[str, int], options: dict[str, Any]) -> Problem:
-        """The static part of a checked call. Operators without streams are the same program for every C: C=1, float32."""
-        check_sinkhorn(options.get("iters", 1), options.get("order", ORDERS[0]))
-        dtype = STREAM_DTYPES[args[self.anchor].dtype] if self.inputs[self.anchor].dtype == "stream" else "float32"
-        return Problem(size["n"], size["C"], dtype, tuple(sorted(options.items())))
+    def problem(self, size: dict[str, int], stream: torch.dtype, options: dict[str, Any]) -> Problem:
+        """The static part of a checked call. Kernels without streams are the same program for every C: C=1, float32."""
+        tensors = (*self.inputs, *self.outputs)
+        channels = any({"C", "K"} & set(t.dims.split()) for t in tensors)
+        dtype = STREAM_DTYPES[stream] if any(t.dtype == "stream" for t in tensors) else "float32"
+        mine = {k: options[k] for k in self.options}
+        return Problem(size["n"], size["C"] if channels else 1, dtype, tuple(sorted(mine.items())))
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for an option that means nothing."""
+        check_sinkhorn(options.get("iters", 1), options.get("order", ORDERS[0]), self.least_iters)
 
     def empty(self, args: Sequence[torch.Tensor], size: dict[str, int]) -> list[torch.Tensor]:
         """Uninitialised results of a checked call."""
         stream, like = args[self.anchor].dtype, args[self.anchor]
-        return [like.new_empty(t.resolve(size), dtype=stream if t.dtype == "stream" else torch.float32) for t in self.outputs]
+        return [
+            new_ticket(like)
+            if t.name in self.tickets
+            else like.new_empty(t.resolve(size), dtype=stream if t.dtype == "stream" else torch.float32)
+            for t in self.outputs
+        ]
+
+
+def new_ticket(x: torch.Tensor) -> torch.Tensor:
+    """Shape, dtype and device of x [T, n, C] over one element of storage that nobody reads or writes."""
+    return x.new_empty_strided(x.shape, (0, 0, 0))
 
 
 def _pair(
@@ -142,4 +167,87 @@ PAIRS = {
     )
 }
 
+#: The kernels of the five steps, each an operator of its own.
 SIGNATURES = {signature.name: signature for pair in PAIRS.values() for signature in pair}
+
+_COEFFICIENTS = {"norm_eps": 1e-6, "pre_eps": 1e-6, "post_mult": 2.0, **_SINKHORN}
+_COEFFICIENTS_BWD = {"post_mult": 2.0, **_SINKHORN}
+_DY, _DU = Tensor("dy", "T n C", "stream"), Tensor("du", "T C", "stream")
+_DF = Tensor("df", "T C", "stream")
+_DH_PRE, _DH_POST, _DH_RES = _grads((H_PRE, H_POST, H_RES))
+_WEIGHT_GRADS = _grads((PHI, ALPHA, B))
+
+#: The kernels of the fused path. ``pre`` and ``post_res`` serve in it too. How many splits come out is known after a call only, so these
+#: are no operators: :data:`mhc.fused.KERNEL_CALLS`.
+FUSED_KERNELS = {
+    signature.name: signature
+    for signature in (
+        Signature("project_parts", (X, PHI), (PARTS,), {}),
+        Signature("post_res_project", (X, F, H_POST, H_RES, PHI), (Y, PARTS), {}),
+        Signature("coefficients", (PARTS, ALPHA, B), (H_PRE, H_POST, H_RES, ZS), _COEFFICIENTS, least_iters=0),
+        Signature("post_res_grads", (_DY, X, F, H_POST), (_DF, _DH_POST, _DH_RES), {}),
+        Signature("pre_grad", (_DU, X), (_DH_PRE,), {}, anchor=1),
+        Signature(
+            "coefficients_bwd",
+            (_DH_PRE, _DH_POST, _DH_RES, ZS, ALPHA, B),
+            (DZS, Tensor("dab", "S M+3", split=True)),
+            _COEFFICIENTS_BWD,
+            least_iters=0,
+        ),
+        Signature(
+            "streams_grad",
+            (_DY, _DU, X, DZS, H_PRE, H_RES, PHI),
+            (Tensor("dx", "T n C", "stream"), DPHI_PARTS),
+            {},
+        ),
+        Signature("sum_parts", (DPHI_PARTS, DAB_PARTS), _WEIGHT_GRADS, {}),
+    )
+}
+
+
+def _next(t: Tensor) -> Tensor:
+    """The same of the next connection."""
+    return Tensor("next_" + t.name, t.dims, t.dtype)
+
+
+_DTICKET = Tensor("dticket", "T n C", "stream")
+_NEXT = tuple(_next(t) for t in (H_PRE, H_POST, H_RES))
+_LEAVE_GRADS = (_DF, _DH_POST, _DH_RES)
+
+#: Forward and backward of the operators that launch several kernels; what they compute is in :mod:`mhc.fused`.
+COMPOSITES = {
+    "enter": (
+        Signature("enter", (X, PHI, ALPHA, B), (U, H_PRE, H_POST, H_RES, ZS, TICKET), _COEFFICIENTS, 0, ("ticket",), 0),
+        Signature(
+            "enter_bwd",
+            (_DTICKET, _DU, _DH_POST, _DH_RES, X, PHI, ALPHA, B, H_PRE, H_RES, ZS),
+            _grads((X, PHI, ALPHA, B)),
+            _COEFFICIENTS_BWD,
+            4,
+            least_iters=0,
+        ),
+    ),
+    "boundary": (
+        Signature(
+            "boundary",
+            (X, F, H_POST, H_RES, TICKET, PHI, ALPHA, B),
+            (Y, U, *_NEXT, ZS, _next(TICKET)),
+            _COEFFICIENTS,
+            0,
+            ("ticket", "next_ticket"),
+            0,
+        ),
+        Signature(
+            "boundary_bwd",
+            (_DTICKET, _DU, *_grads(_NEXT[1:]), X, F, H_POST, Y, PHI, ALPHA, B, _NEXT[0], _NEXT[2], ZS),
+            (*_LEAVE_GRADS, _DTICKET, *_WEIGHT_GRADS),
+            _COEFFICIENTS_BWD,
+            4,
+            least_iters=0,
+        ),
+    ),
+    "leave": (
+        Signature("leave", (X, F, H_POST, H_RES, TICKET), (Y,), {}, 0, ("ticket",)),
+        Signature("leave_bwd", (_DY, X, F, H_POST), _LEAVE_GRADS, {}, 1),
+    ),
+}

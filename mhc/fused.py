@@ -1,0 +1,271 @@
+"""A boundary in three launches: ``enter`` a sublayer, ``leave`` it, or ``boundary``, which leaves one and enters the next.
+
+With x [T, n, C] the streams, f and u [T, C], coefficients float32 (legend in :mod:`mhc.signatures`):
+
+    enter(x, phi, alpha, b) -> u, H_pre, H_post, H_res, zs, ticket
+    leave(x, f, H_post, H_res, ticket) -> y
+    boundary(x, f, H_post, H_res, ticket, phi, alpha, b) -> y, u, and of the next connection H_pre, H_post, H_res, zs, ticket
+
+u and y are those of :func:`mhc.ops.pre` and :func:`mhc.ops.post_res`; ``boundary`` is ``leave``, then ``enter`` with y. zs holds z^T and
+1/r for the backward.
+
+**Tickets.** The gradient of x has two parts, through u and the coefficients and through y. Left to autograd each is written out and their
+sum a third time. Here it is written once, by the backward of ``enter``. So ``leave`` takes x for its numbers only and gives it no gradient.
+What links the two for autograd is the ticket, which has x's shape and no numbers (one element of storage, never read): its gradient is dy
+as it is, and the backward of ``enter`` applies H_res^T to it in the pass that writes dx. Hence two rules: x and H_res reach ``leave``
+unchanged from the ``enter`` that made the ticket, and whoever calls ``leave`` wants the gradient of that ``enter``'s x. A ticket used twice
+is right too, autograd adds the two dy.
+
+H_pre and zs are for the backward and carry no gradient themselves; take the operators of :mod:`mhc.ops` one by one for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mhc.dispatch import Below, nobody_else_dispatches, register, register_autograd, register_no_double_backward
+from mhc.plan import Run, implementation, single
+from mhc.signatures import COMPOSITES, FUSED_KERNELS, SIGNATURES, new_ticket
+
+Tensor = torch.Tensor
+Grad = torch.Tensor | None
+
+#: Every kernel of the fused path as a function of its tensors, then its options; checked as the operators are.
+KERNEL_CALLS: dict[str, Callable[..., Any]] = {name: single(signature) for name, signature in FUSED_KERNELS.items()}
+
+
+def _enter(runs: list[Run], x: Tensor, phi: Tensor, alpha: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    project_parts, coefficients, pre = runs
+    (parts,) = project_parts(x, phi)
+    H_pre, H_post, H_res, zs = coefficients(parts, alpha, b)
+    (u,) = pre(x, H_pre)
+    return u, H_pre, H_post, H_res, zs, new_ticket(x)
+
+
+def _boundary(
+    runs: list[Run], x: Tensor, f: Tensor, H_post: Tensor, H_res: Tensor, phi: Tensor, alpha: Tensor, b: Tensor
+) -> tuple[Tensor, ...]:
+    post_res_project, coefficients, pre = runs
+    y, parts = post_res_project(x, f, H_post, H_res, phi)
+    next_H_pre, next_H_post, next_H_res, zs = coefficients(parts, alpha, b)
+    (u,) = pre(y, next_H_pre)
+    return y, u, next_H_pre, next_H_post, next_H_res, zs, new_ticket(y)
+
+
+def _leave(runs: list[Run], x: Tensor, f: Tensor, H_post: Tensor, H_res: Tensor) -> Tensor:
+    return runs[0](x, f, H_post, H_res)[0]
+
+
+def _enter_bwd(
+    runs: list[Run],
+    dticket: Tensor,
+    du: Tensor,
+    dH_post: Tensor,
+    dH_res: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    b: Tensor,
+    H_pre: Tensor,
+    H_res: Tensor,
+    zs: Tensor,
+) -> tuple[Tensor, ...]:
+    pre_grad, coefficients_bwd, streams_grad, sum_parts = runs
+    (dH_pre,) = pre_grad(du, x)
+    dzs, dab = coefficients_bwd(dH_pre, dH_post, dH_res, zs, alpha, b)
+    dx, dphi = streams_grad(dticket, du, x, dzs, H_pre, H_res, phi)
+    return (dx, *sum_parts(dphi, dab))
+
+
+def _leave_bwd(runs: list[Run], dy: Tensor, x: Tensor, f: Tensor, H_post: Tensor) -> tuple[Tensor, ...]:
+    return runs[0](dy, x, f, H_post)
+
+
+def _boundary_bwd(
+    runs: list[Run],
+    dticket: Tensor,
+    du: Tensor,
+    dH_post: Tensor,
+    dH_res: Tensor,
+    x: Tensor,
+    f: Tensor,
+    H_post: Tensor,
+    y: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    b: Tensor,
+    next_H_pre: Tensor,
+    next_H_res: Tensor,
+    zs: Tensor,
+) -> tuple[Tensor, ...]:
+    *enter_bwd, post_res_grads = runs
+    dy, *weights = _enter_bwd(enter_bwd, dticket, du, dH_post, dH_res, y, phi, alpha, b, next_H_pre, next_H_res, zs)
+    return (*post_res_grads(dy, x, f, H_post), dy, *weights)
+
+
+_ENTER_BWD = ("pre_grad", "coefficients_bwd", "streams_grad", "sum_parts")
+_KERNELS = SIGNATURES | FUSED_KERNELS
+_BODIES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "enter": (_enter, ("project_parts", "coefficients", "pre")),
+    "enter_bwd": (_enter_bwd, _ENTER_BWD),
+    "boundary": (_boundary, ("post_res_project", "coefficients", "pre")),
+    "boundary_bwd": (_boundary_bwd, (*_ENTER_BWD, "post_res_grads")),
+    "leave": (_leave, ("post_res",)),
+    "leave_bwd": (_leave_bwd, ("post_res_grads",)),
+}
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+_BELOW: dict[str, Below] = {}
+for _pair in COMPOSITES.values():
+    for _signature in _pair:
+        _body, _kernels = _BODIES[_signature.name]
+        _IMPLEMENTATIONS[_signature.name] = implementation(_signature, tuple(_KERNELS[k] for k in _kernels), _body)
+        _BELOW[_signature.name] = register(_signature, _IMPLEMENTATIONS[_signature.name])
+
+
+def _backward(name: str) -> Callable[..., Any]:
+    """A backward operator, past the dispatcher where nobody else wants to see the call."""
+    run, op, count = _IMPLEMENTATIONS[name], getattr(torch.ops.mhc, name).default, len(COMPOSITES[name.removesuffix("_bwd")][1].inputs)
+
+    def call(*args: Any) -> Any:
+        if not torch.is_grad_enabled() and nobody_else_dispatches(args[:count]):
+            return run(*args)
+        return op(*args)
+
+    return call
+
+
+_call_enter_bwd, _call_boundary_bwd, _call_leave_bwd = (_backward(name) for name in ("enter_bwd", "boundary_bwd", "leave_bwd"))
+
+
+def _filled(grads: tuple[Grad, Grad, Grad, Grad], x: Tensor, H_res: Tensor) -> tuple[Tensor, ...]:
+    """dticket, du, dH_post, dH_res: zeros for those that nobody asked for. With all four there no kernel runs."""
+    dticket, du, dH_post, dH_res = grads
+    return (
+        torch.zeros_like(x) if dticket is None else dticket,
+        x.new_zeros(x.shape[0], x.shape[2]) if du is None else du,
+        H_res.new_zeros(H_res.shape[:2]) if dH_post is None else dH_post,
+        torch.zeros_like(H_res) if dH_res is None else dH_res,
+    )
+
+
+# In all three: `keyset` is None where the caller has found that nobody else wants to see the call. Undefined gradients arrive as None.
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, phi: Tensor, alpha: Tensor, b: Tensor, *options: Any) -> Any:
+        args = (x, phi, alpha, b, *options)
+        out = _IMPLEMENTATIONS["enter"](*args) if keyset is None else _BELOW["enter"](keyset, args)
+        _, H_pre, _, H_res, zs, _ = out
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(H_pre, zs)
+        ctx.options = options[2:]
+        ctx.save_for_backward(x, phi, alpha, b, H_pre, H_res, zs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, du: Grad, dH_pre: None, dH_post: Grad, dH_res: Grad, dzs: None, dticket: Grad) -> Any:
+        nothing = (None,) * (1 + 4 + 6)
+        if du is None and dH_post is None and dH_res is None and dticket is None:
+            return nothing
+        x, phi, alpha, b, H_pre, H_res, zs = ctx.saved_tensors
+        grads = _filled((dticket, du, dH_post, dH_res), x, H_res)
+        return (None, *_call_enter_bwd(*grads, x, phi, alpha, b, H_pre, H_res, zs, *ctx.options), *nothing[5:])
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, f: Tensor, H_post: Tensor, H_res: Tensor, ticket: Tensor) -> Any:
+        args = (x, f, H_post, H_res, ticket)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, f, H_post)
+        return _IMPLEMENTATIONS["leave"](*args) if keyset is None else _BELOW["leave"](keyset, args)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Grad) -> Any:
+        if dy is None:
+            return (None,) * 6
+        dy = dy.contiguous()  # once, not here and in the backward of enter
+        return (None, None, *_call_leave_bwd(dy, *ctx.saved_tensors), dy)
+
+
+class _Boundary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        x: Tensor,
+        f: Tensor,
+        H_post: Tensor,
+        H_res: Tensor,
+        ticket: Tensor,
+        phi: Tensor,
+        alpha: Tensor,
+        b: Tensor,
+        *options: Any,
+    ) -> Any:
+        args = (x, f, H_post, H_res, ticket, phi, alpha, b, *options)
+        out = _IMPLEMENTATIONS["boundary"](*args) if keyset is None else _BELOW["boundary"](keyset, args)
+        y, _, next_H_pre, _, next_H_res, zs, _ = out
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(next_H_pre, zs)
+        ctx.options = options[2:]
+        ctx.save_for_backward(x, f, H_post, y, phi, alpha, b, next_H_pre, next_H_res, zs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Grad, du: Grad, dH_pre: None, dH_post: Grad, dH_res: Grad, dzs: None, dticket: Grad) -> Any:
+        nothing = (None,) * (1 + 8 + 6)
+        x, f, H_post, y, phi, alpha, b, next_H_pre, next_H_res, zs = ctx.saved_tensors
+        weights: tuple[Grad, ...] = (None, None, None)
+        if not (du is None and dH_post is None and dH_res is None and dticket is None):
+            grads = _filled((dticket, du, dH_post, dH_res), y, next_H_res)
+            rest = (phi, alpha, b, next_H_pre, next_H_res, zs, *ctx.options)
+            if dy is None:
+                return (None, None, *_call_boundary_bwd(*grads, x, f, H_post, y, *rest), *nothing[9:])
+            # y went elsewhere too, not only through the next ticket
+            g, *weights = _call_enter_bwd(*grads, y, *rest)
+            dy = g + dy
+        if dy is None:
+            return nothing
+        dy = dy.contiguous()
+        return (None, None, *_call_leave_bwd(dy, x, f, H_post), dy, *weights, *nothing[9:])
+
+
+_FUNCTIONS: dict[str, Any] = {"enter": _Enter, "boundary": _Boundary, "leave": _Leave}
+
+
+def _register_autograd(name: str) -> Callable[..., Any]:
+    """Register autograd for a pair; return the forward for Python callers, without the dispatcher's share of the time."""
+    forward, backward = COMPOSITES[name]
+    function, run, below = _FUNCTIONS[name], _IMPLEMENTATIONS[name], _BELOW[name]
+    op, count, defaults = getattr(torch.ops.mhc, name).default, len(forward.inputs), tuple(forward.options.values())
+    differentiable = torch._C._any_requires_grad
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        args = (*args, *defaults[len(args) - count :])  # the dispatcher leaves out trailing options that equal their default
+        if torch.is_grad_enabled() and differentiable(*args):
+            return function.apply(keyset, *args)
+        return below(keyset, args)
+
+    register_autograd(forward, kernel)
+    register_no_double_backward(backward, _BELOW[backward.name])
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not nobody_else_dispatches(args[:count]):
+            return op(*args)
+        args = (*args, *defaults[len(args) - count :])
+        if torch.is_grad_enabled() and differentiable(*args):
+            return function.apply(None, *args)
+        return run(*args)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"``torch.ops.mhc.{forward.schema}``; see :mod:`mhc.fused`."
+    return call
+
+
+enter, boundary, leave = (_register_autograd(name) for name in ("enter", "boundary", "leave"))
