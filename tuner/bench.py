@@ -1,231 +1,309 @@
-"""``python -m tuner.bench``: one mHC boundary around the identity layer, ours against its rivals and against copy bandwidth.
+"""``mhc-tune bench``: one mHC boundary around the identity layer, ours against its rivals and against copy bandwidth.
 
 All rivals get the same inputs, are checked against float64 before they are timed, and are timed interleaved in one run: forward, and
 forward + backward with the gradients of x, fn, base and scale; on CUDA as CUDA-graph replay and eagerly (launches included), on the CPU by
-wall clock. A rival that fails is a row that says why. Writes boundary.json, boundary.md and boundary.png.
+wall clock. Beside that per shape: memory, launches by kernel, the host's time, latencies of small token counts, and every kernel's share
+of copy bandwidth with its registers, shared memory and occupancy. A rival that fails is a row that says why. Writes bench.json, bench.md
+and bench.png after every stage.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
-import math
+import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from mhc import profile
 from tl_kernels import KERNELS
-from tl_kernels.launch import device_arch, get_launcher
-from tuner.bench_report import PASSES, chart, markdown
-from tuner.bench_rivals import RIVALS, Boundary, Case, Rival, expected
-from tuner.errors import TuneError, one_line, unknown
-from tuner.gate import relative_error
-from tuner.hardware import resolve
-from tuner.inputs import make_inputs
-from tuner.timing import median, median_interval
+from tuner.bench_case import PASSES, TOLERANCE, Shape
+from tuner.bench_display import BenchDisplay
+from tuner.bench_entrant import Entrant, Spec, release
+from tuner.bench_kernels import bench_kernel, choices, compile_ahead
+from tuner.bench_remote import RemoteEntrant, RivalWorker, WorkerGone, find_env, parse_envs
+from tuner.bench_report import chart, markdown
+from tuner.bench_rivals import rival, rival_names
+from tuner.errors import INTERRUPTED, TuneError, one_line, unknown
+from tuner.hardware import Hardware, resolve
+from tuner.plan import split_names
+from tuner.timing import Clock, Timed, median, median_interval
 
-Call = Callable[[], object]
-
-#: Largest relative error against float64 that still counts as the same function.
-TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 2e-3}
-#: Eager calls in one sample: enough for the launches of one to hide under the kernels of another, as in training.
-EAGER_CALLS = 5
-#: A launch as short as this is timed as several in one graph, each on inputs of its own.
-SHORT_US, MOST_LAUNCHES = 50.0, 32
-
-
-def capture(call: Callable[[], Any]) -> tuple[Call, Any]:
-    """CUDA graph of a call whose inputs stay where they are: its replay, and the tensors a replay fills."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph.replay, out
+#: What is measured where nothing is asked for: the issue's shapes, and on the CPU a small one.
+SHAPES = {"cuda": "8192x4x2560,8192x4x4096,4096x4x7168", "cpu": "64x4x256"}
+DECODE_TOKENS = {"cuda": "1,4,16,64,256", "cpu": "1,16"}
+ROUNDS = {"cuda": 30, "cpu": 7}
+SECONDS = {"cuda": 15.0, "cpu": 5.0}
+#: Depth of the stacks whose latency is a decode latency: a graph of one tiny boundary would measure the start of a graph.
+DECODE_LAYERS = 8
+#: Token count at which the host's time is taken: small enough that the device never makes it wait.
+HOST_TOKENS = 16
+#: However long a round takes, so many are made.
+LEAST_ROUNDS = 3
 
 
-class Sampler:
-    """Interleaved samples in us. The L2 cache is emptied by reading, not writing: dirty lines would be written back on the call's time."""
+@dataclass(frozen=True)
+class BenchRequest:
+    """The command line as typed; None means the default for the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            l2 = torch.cuda.get_device_properties(device).L2_cache_size
-            self._other_data = torch.zeros(max(64 << 20, l2), dtype=torch.float32, device=device)  # 4 times the cache in bytes
-
-    def _one(self, call: Call, calls: int, cold: bool) -> Callable[[], float]:
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            spent = (time.perf_counter() - start) * 1e6 / calls
-            return lambda: spent
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        if cold:
-            self._other_data.amax()
-        else:
-            torch.cuda.synchronize(self.device)
-        first.record()
-        for _ in range(calls):
-            call()
-        last.record()
-        return lambda: first.elapsed_time(last) * 1e3 / calls
-
-    def interleaved(self, calls: Sequence[tuple[Call, int, bool]], rounds: int) -> list[list[float]]:
-        """``rounds`` samples of each (call, calls a sample, cold cache); every round starts with another one."""
-        pending: list[list[Callable[[], float]]] = [[] for _ in calls]
-        for r in range(rounds):
-            for k in range(len(calls)):
-                which = (r + k) % len(calls)
-                pending[which].append(self._one(*calls[which]))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return [[sample() for sample in samples] for samples in pending]
+    command: str
+    gpu: str = "auto"
+    shapes: str | None = None
+    dtype: str = "bfloat16"
+    rivals: str | None = None
+    rival_envs: tuple[str, ...] = ()
+    layers: str = "1,4"
+    tokens: str | None = None
+    rounds: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    profile: str | None = None
+    out: Path | None = None
+    kernels: bool = True
+    in_process: bool = False
 
 
-def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """||got - want|| / ||want|| per tensor; infinite where a value is not finite."""
-    errors = {}
-    for name, w in want.items():
-        error = relative_error(got[name], w)
-        errors[name] = error if math.isfinite(error) else math.inf
-    return errors
+@dataclass(frozen=True)
+class Plan:
+    """A checked request."""
+
+    hardware: Hardware
+    device: torch.device
+    shapes: list[Shape]
+    rivals: list[str]
+    named: bool  # whether the user named the rivals: then one that is not installed is a row
+    layers: list[int]
+    tokens: list[int]
+    rounds: int
+    seconds: float
+    out: Path
+    envs: dict[str, Path] = field(default_factory=dict)
 
 
-def peak_mib(call: Call, device: torch.device) -> float | None:
-    """Memory a call needs on top of what was allocated before it, in MiB; None on the CPU."""
-    if device.type == "cpu":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-class Entrant:
-    """A rival on its way through the check and the timing: its row, and the calls to time by ``<pass>_<kind>``."""
-
-    def __init__(self, name: str, rival: Rival, case: Case) -> None:
-        self.row: dict[str, Any] = {"rival": name, "label": rival.label, "note": rival.note, "agrees": False, "errors": {}, "times": {}}
-        self.row |= {"peak_mib": None, "failures": []}
-        self.calls: dict[str, tuple[Call, int, bool]] = {}
-        try:
-            boundary = rival.make(case)
-            self._check(rival, boundary, case)
-            self._prepare(boundary, case)
-        except Exception as error:  # a rival that fails is a row, not the end of the run
-            self.row["failures"].append(one_line(error))
-
-    def _check(self, rival: Rival, boundary: Boundary, case: Case) -> None:
-        y, *grads = boundary.forward_backward(case.dy)
-        got = {"y": y.detach(), **boundary.canonical(tuple(grads))}
-        self.row["errors"] = relative_errors(got, expected(case, rival))
-        dtype = str(case.x.dtype).removeprefix("torch.")
-        self.row["agrees"] = max(self.row["errors"].values()) <= TOLERANCE[dtype]
-
-    def _prepare(self, boundary: Boundary, case: Case) -> None:
-        cuda = case.x.device.type == "cuda"
-        passes = {"forward": boundary.forward_only, "forward_backward": lambda: boundary.forward_backward(case.dy)}
-        for name, call in passes.items():
-            call()
-            self.calls[f"{name}_eager"] = (call, EAGER_CALLS if cuda else 1, False)
-        self.row["peak_mib"] = peak_mib(passes["forward_backward"], case.x.device)
-        for name, call in passes.items() if cuda else ():
-            try:
-                eager = call()
-                replay, out = capture(call)
-                replay()
-                torch.cuda.synchronize()
-                _same_numbers(out, eager, TOLERANCE[str(case.x.dtype).removeprefix("torch.")])
-                self.calls[f"{name}_graph"] = (replay, 1, True)
-            except Exception as error:
-                torch.cuda.synchronize()
-                self.row["failures"].append(f"{name}, graph capture: {one_line(error)}")
-
-
-def _same_numbers(replayed: Any, eager: Any, tolerance: float) -> None:
-    """Raise RuntimeError where a graph's replay gives something else than the call it captured."""
-    pairs = zip(*(t if isinstance(t, tuple) else (t,) for t in (replayed, eager)), strict=True)
-    worst = max(relative_errors({"t": a.detach()}, {"t": b.detach().double()})["t"] for a, b in pairs)
-    if worst > tolerance:
-        raise RuntimeError(f"the replay differs from the eager call by {worst:.1e}")
-
-
-def summary(samples: Sequence[float]) -> dict[str, float]:
-    low, high = median_interval(samples)
-    return {"us": median(samples), "lo": low, "hi": high}
-
-
-def bench_boundary(case: Case, names: Sequence[str], rounds: int, sampler: Sampler) -> tuple[list[dict[str, Any]], float]:
-    """The rows of the rivals, ``times`` without shares yet, and copy bandwidth in GB/s, all from the same rounds."""
-    device = case.x.device
-    entrants = []
-    for name in names:
-        print(f"compiling and checking {RIVALS[name].label}", file=sys.stderr, flush=True)
-        entrants.append(Entrant(name, RIVALS[name], case))
-    source = torch.empty(1 << 30 if device.type == "cuda" else 64 << 20, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    keyed: list[tuple[dict[str, Any], str, tuple[Call, int, bool]]] = [({}, "copy", (lambda: target.copy_(source), 1, True))]
-    keyed += [(e.row["times"], key, call) for e in entrants for key, call in e.calls.items()]
-    calls = [call for _, _, call in keyed]
-    sampler.interleaved(calls, 2)
-    for (times, key, _), samples in zip(keyed, sampler.interleaved(calls, rounds), strict=True):
-        times[key] = summary(samples)
-    copy_gbps = 2 * source.numel() / keyed[0][0]["copy"]["us"] / 1e3
-    return [e.row for e in entrants], copy_gbps
-
-
-def bench_kernel(name: str, case: Case, rounds: int, sampler: Sampler, copy_gbps: float) -> dict[str, Any]:
-    """One of the ten kernels as the profile would have it serve this case: bytes at least moved, us, GB/s, share of copy bandwidth."""
-    T, n, C = case.sizes
-    device = case.x.device
-    kernel = KERNELS[name]
-    p = kernel.problem(n, C, str(case.x.dtype).removeprefix("torch."))
-    nbytes = kernel.bytes_moved(p, T)
-    row: dict[str, Any] = {"kernel": name, "bytes": nbytes, "failure": None}
+def _counts(option: str, text: str) -> list[int]:
     try:
-        choice = profile.choose(name, p, T, device)
-        row |= {"config": dict(choice.config), "impl": choice.impl, "origin": choice.origin}
-        run: Callable[..., object]
-        if choice.impl == "reference" and device.type == "cpu":
-            run = getattr(torch.ops.mhc, name)
-        else:
-            run = get_launcher(kernel, p, choice.config, device_arch(device))
-        launches = 1
-        if device.type == "cuda":
-            launches = min(MOST_LAUNCHES, max(1, math.ceil(SHORT_US * copy_gbps * 1e3 / nbytes)))
-        sets = [make_inputs(kernel, p, T, seed, device) for seed in range(launches)]
-        # results are returned so that a graph keeps them apart
-        call: Call = lambda: [run(*inputs) for inputs in sets]  # noqa: E731
-        call()
-        if device.type == "cuda":
-            call, _ = capture(call)
-        sampler.interleaved([(call, 1, True)], 2)
-        (samples,) = sampler.interleaved([(call, 1, True)], rounds)
-        row |= summary([s / launches for s in samples])
-        row["launches_per_sample"] = launches
-        row["gbps"] = nbytes / row["us"] / 1e3
-        row["share"] = row["gbps"] / copy_gbps
-    except Exception as error:
-        row["failure"] = one_line(error)
-    return row
+        values = sorted({int(v) for v in split_names(text) or ()})
+    except ValueError:
+        values = [0]
+    if any(v < 1 for v in values):
+        raise TuneError(f"{option}: got {text!r}, wanted counts of at least 1 such as 1,4")
+    return values
+
+
+def make_plan(request: BenchRequest) -> Plan:
+    """Everything that can be wrong with a request is found here. Raises :class:`TuneError`."""
+    kind = "cpu" if request.gpu.strip().lower() == "cpu" else "cuda"
+    # what needs no device comes first: a typing error need not wait for torch to look for one
+    shapes = [Shape.parse(text) for text in split_names(request.shapes) or ()]
+    known = rival_names()
+    wanted = [name.replace("-", "_") for name in split_names(request.rivals) or ()]
+    for name in [*wanted, *(name for shape in shapes for name in shape.only or ())]:
+        if name.replace("-", "_") not in known:
+            raise unknown("rival", name, known)
+    if request.dtype not in TOLERANCE:
+        raise unknown("dtype", request.dtype, TOLERANCE)
+    layers = _counts("--layers", request.layers)
+    if not layers:
+        raise TuneError("--layers: got nothing, wanted at least one depth, such as 1,4")
+    tokens = None if request.tokens is None else _counts("--tokens", request.tokens if request.tokens != "none" else "")
+    envs = parse_envs(list(request.rival_envs))
+    for name in envs:
+        if name not in known:
+            raise unknown("rival", name, known)
+    hardware = resolve(request.gpu)
+    kind = "cpu" if hardware.is_cpu else "cuda"
+    out = request.out or Path("results") / hardware.profile
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise TuneError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    if request.profile:
+        profile.load_profile(request.profile)
+    return Plan(
+        hardware=hardware,
+        device=torch.device("cpu") if hardware.is_cpu else torch.device("cuda", torch.cuda.current_device()),
+        shapes=shapes or [Shape.parse(text) for text in SHAPES[kind].split(",")],
+        rivals=[name for name in known if not wanted or name in wanted],
+        named=bool(wanted),
+        layers=layers,
+        tokens=_counts("--tokens", DECODE_TOKENS[kind]) if tokens is None else tokens,
+        rounds=request.rounds or ROUNDS[kind],
+        seconds=request.seconds or SECONDS[kind],
+        out=out,
+        envs=envs,
+    )
+
+
+class Sampled(Protocol):
+    """What rounds are made of; see tuner/bench_entrant.py."""
+
+    row: dict[str, Any]
+
+    def sample(self) -> dict[str, float]: ...
+
+
+class _Copy:
+    """Copy bandwidth as one more entrant."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.row: dict[str, Any] = {"times": {}}
+        self._clock = clock
+        call, self.moved = clock.copy_call()
+        self._timed = Timed(call)
+
+    def sample(self) -> dict[str, float]:
+        return {"copy": self._clock.interleaved([self._timed], 1)[0][0]}
+
+
+def take_rounds(entrants: Sequence[Sampled], rounds: int, seconds: float, tick: Callable[[], None]) -> int:
+    """Fill ``row["times"]`` with {us, lo, hi, samples} a key. Returns how many rounds were made.
+
+    One round to warm up, then up to ``rounds`` within ``seconds``; each starts with another entrant.
+    """
+    taken: list[dict[str, list[float]]] = [{} for _ in entrants]
+    for entrant in entrants:
+        entrant.sample()
+    start, made = time.monotonic(), 0
+    while made < rounds and (made < LEAST_ROUNDS or time.monotonic() - start < seconds):
+        for k in range(len(entrants)):
+            which = (made + k) % len(entrants)
+            for key, us in entrants[which].sample().items():
+                taken[which].setdefault(key, []).append(us)
+        made += 1
+        tick()
+    for entrant, columns in zip(entrants, taken, strict=True):
+        for key, samples in columns.items():
+            low, high = median_interval(samples)
+            entrant.row["times"][key] = {"us": median(samples), "lo": low, "hi": high, "samples": len(samples)}
+    return made
+
+
+class Team:
+    """The rivals' processes. A costly rival has one process a shape, so that all its shapes compile beside each other."""
+
+    def __init__(self, plan: Plan, request: BenchRequest, clock: Clock) -> None:
+        self.plan, self.request, self.clock = plan, request, clock
+        self.missing: dict[str, str] = {}
+        self._failed: dict[tuple[str, int], str] = {}
+        self._workers: dict[tuple[str, int], RivalWorker] = {}
+
+    def is_remote(self, name: str) -> bool:
+        return not self.request.in_process and (rival(name).isolated or find_env(name, self.plan.envs) is not None)
+
+    def _key(self, name: str, place: int) -> tuple[str, int]:
+        return name, place if rival(name).costly else -1
+
+    def at(self, place: int) -> list[str]:
+        """The rivals of one shape that are not known to be missing."""
+        only = self.plan.shapes[place].only
+        asked = [name for name in self.plan.rivals if only is None or name in [o.replace("-", "_") for o in only]]
+        return [name for name in asked if name not in self.missing]
+
+    def specs(self, place: int) -> list[Spec]:
+        """The boundary entrants of a shape: each rival alone, and in stacks where it can."""
+        shape, found = self.plan.shapes[place], []
+        for name in self.at(place):
+            spec = Spec(name, shape.T, shape.n, shape.C, self.request.dtype, self.request.seed)
+            for layers in self.plan.layers:
+                if layers == 1 or rival(name).stacks:
+                    found.append(replace(spec, layers=layers))
+                if layers > 1 and rival(name).chain is not None:
+                    found.append(replace(spec, layers=layers, chained=True))
+        return found
+
+    def decode_specs(self, place: int) -> list[Spec]:
+        """The decode entrants of a shape. Costly rivals take part at the first shape only."""
+        shape, found = self.plan.shapes[place], []
+        for name in self.at(place):
+            if rival(name).costly and place > 0:
+                continue
+            for T in self.plan.tokens:
+                spec = Spec(name, T, shape.n, shape.C, self.request.dtype, self.request.seed, DECODE_LAYERS, decode=True)
+                found.append(spec)
+                if rival(name).chain is not None:
+                    found.append(replace(spec, chained=True))
+        return found
+
+    def start(self, tick: Callable[[str], None]) -> None:
+        """Start every process and compile what it will need, all beside each other."""
+        jobs: dict[tuple[str, int], list[Spec]] = {}
+        for place in range(len(self.plan.shapes)):
+            for spec in [*self.specs(place), *self.decode_specs(place)]:
+                if self.is_remote(spec.rival):
+                    jobs.setdefault(self._key(spec.rival, place), []).append(spec)
+
+        def one(job: tuple[tuple[str, int], list[Spec]]) -> None:
+            (name, place), specs = job
+            try:
+                worker = self._workers[name, place] = RivalWorker(str(self.plan.device), find_env(name, self.plan.envs))
+                worker.start()
+                worker.warm(specs)
+            except (WorkerGone, RuntimeError, OSError) as error:
+                self._failed[name, place] = one_line(error)
+            tick(name)
+
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            list(pool.map(one, jobs.items()))
+
+    @property
+    def processes(self) -> int:
+        return sum(1 for name in self.plan.rivals if self.is_remote(name) for _ in (self.plan.shapes if rival(name).costly else [0]))
+
+    def open(self, specs: Sequence[Spec], place: int, tick: Callable[[str], None]) -> list[Entrant | RemoteEntrant]:
+        """Entrants, checked and ready, in the order of ``specs``; the processes work beside each other."""
+        found: dict[int, Entrant | RemoteEntrant] = {}
+        queues: dict[tuple[str, int], list[int]] = {}
+        for i, spec in enumerate(specs):
+            queues.setdefault(self._key(spec.rival, place) if self.is_remote(spec.rival) else ("", -1), []).append(i)
+
+        def drain(key: tuple[str, int]) -> None:
+            for i in queues[key]:
+                found[i] = self._entrant(key, specs[i])
+                tick(f"{specs[i].rival} checked")
+
+        remote = [key for key in queues if key[0]]
+        with ThreadPoolExecutor(max(1, len(remote))) as pool:
+            waiting = [pool.submit(drain, key) for key in remote]
+            if ("", -1) in queues:
+                drain(("", -1))
+            for future in waiting:
+                future.result()
+        release(everything=False)
+        entrants = [found[i] for i in range(len(specs))]
+        for entrant in entrants:
+            if entrant.row["missing"] and entrant.spec.rival not in self.missing:
+                self.missing[entrant.spec.rival] = entrant.row["missing"]
+        return entrants
+
+    def _entrant(self, key: tuple[str, int], spec: Spec) -> Entrant | RemoteEntrant:
+        if not key[0]:
+            return Entrant(spec, self.clock)
+        worker = self._workers.get(key)
+        entrant = worker.entrant(spec) if worker is not None and key not in self._failed else None
+        if entrant is None:
+            entrant = RemoteEntrant.failed(spec, self._failed.get(key, "its process did not start"))
+        label = rival(spec.rival).label
+        entrant.row["label"] = label
+        return entrant
+
+    def versions(self) -> dict[str, Any]:
+        """Python and torch of the rivals that have an environment of their own."""
+        return {name: w.versions for (name, _), w in self._workers.items() if find_env(name, self.plan.envs) is not None and w.versions}
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
 
 
 def versions() -> dict[str, str | None]:
@@ -238,102 +316,204 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Measure what ``args`` asks for. Raises TuneError for a device that is not there."""
-    hardware = resolve(args.gpu)
-    device = torch.device("cuda", torch.cuda.current_device()) if not hardware.is_cpu else torch.device("cpu")
-    if args.profile:
-        profile.load_profile(args.profile)
-    T = args.tokens or (64 if hardware.is_cpu else 8192)
-    rounds = args.rounds or (7 if hardware.is_cpu else 50)
-    case = Case.random(T, args.n, args.dim, getattr(torch, args.dtype), device, args.seed)
-    sampler = Sampler(device)
-    rows, copy_gbps = bench_boundary(case, args.rivals, rounds, sampler)
-    unit = T * args.dim * case.x.element_size()
-    # forward: read x and f, write u and y; backward: design.md section 3, 10u + 13u at n = 4
-    units = {"forward": 2 * args.n + 2, "forward_backward": 7 * args.n + 5}
-    floor_us = {p: units[p] * unit / copy_gbps / 1e3 for p in PASSES}
-    for row in rows:
-        for key, sample in row["times"].items():
-            sample["share"] = floor_us[key.rpartition("_")[0]] / sample["us"]
-    kernels = [] if args.no_kernels else [bench_kernel(name, case, rounds, sampler, copy_gbps) for name in KERNELS]
-    active = profile.active_profile(device)
-    return {
-        "hardware": asdict(hardware),
-        "versions": versions(),
-        "command": command,
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "method": device.type,
-        "rounds": rounds,
-        "profile": None if active is None else {"gpu": active.provenance.gpu, "date": active.provenance.date},
-        "copy_gbps": copy_gbps,
-        "case": {"T": T, "n": args.n, "C": args.dim, "dtype": args.dtype, "seed": args.seed, "unit_bytes": unit}
-        | {"floor_units": units, "floor_us": floor_us},
-        "rows": rows,
-        "kernels": kernels,
-    }
+class Bench:
+    """One run: ``result`` grows stage by stage and is written after each."""
 
+    def __init__(self, plan: Plan, request: BenchRequest, display: BenchDisplay) -> None:
+        self.plan, self.request, self.display = plan, request, display
+        self.clock = Clock(plan.device)
+        self.team = Team(plan, request, self.clock)
+        active = profile.active_profile(plan.device)
+        self.result: dict[str, Any] = {
+            "schema": 2,
+            "complete": False,
+            "hardware": asdict(plan.hardware),
+            "versions": versions(),
+            "command": request.command,
+            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            "method": plan.device.type,
+            "dtype": request.dtype,
+            "seed": request.seed,
+            "profile": None if active is None else {"gpu": active.provenance.gpu, "date": active.provenance.date},
+            "missing": self.team.missing,
+            "shapes": [],
+        }
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in RIVALS:
-            raise argparse.ArgumentTypeError(str(unknown("rival", name, RIVALS)))
-    return names
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, wanted 1 or more")
-    return value
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m tuner.bench", description=(__doc__ or "").split("\n\n", 1)[1])
-    parser.add_argument("--tokens", type=_positive, help="T; default 8192, on the CPU 64")
-    parser.add_argument("--n", type=int, default=4, choices=range(1, 9), help="streams, default 4")
-    parser.add_argument("--dim", type=_positive, default=2560, help="C, default 2560")
-    parser.add_argument("--dtype", default="bfloat16", choices=sorted(TOLERANCE))
-    parser.add_argument("--gpu", default="auto", help="auto, cpu, or a GPU such as h100 that must be this machine's; default auto")
-    parser.add_argument("--rivals", type=_names, default=list(RIVALS), help=f"some of {','.join(RIVALS)}; default all")
-    parser.add_argument("--no-kernels", action="store_true", help="leave out the table of the single kernels")
-    parser.add_argument("--rounds", type=_positive, help="samples of each; default 50, on the CPU 7")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", help="tuned profile, a path or a packaged name; default: the one found for this device")
-    parser.add_argument("--out", type=Path, help="folder for boundary.json, .md and .png; default results/<gpu>")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where ours failed or differs from float64; 2 for what the user must change; 130 after Ctrl-C."""
-    args = parse(argv)
-    command = shlex.join(["python", "-m", "tuner.bench", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        out = args.out or Path("results") / resolve(args.gpu).profile
-        out.mkdir(parents=True, exist_ok=True)
-        result = run(args, command)
-        (out / "boundary.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "boundary.md").write_text(markdown(result))
-        (out / "boundary.png").unlink(missing_ok=True)  # never an old picture beside new numbers
+    def run(self) -> None:
+        """Every stage. What was measured before an exception is in the files."""
+        start = time.monotonic()
         try:
-            chart(result, out / "boundary.png")
+            self._compile()
+            for place in range(len(self.plan.shapes)):
+                self._boundary(place)
+                self._decode(place)
+                self._kernels(place)
+            self._launches()
+            self.result["complete"] = True
+        finally:
+            self.result["seconds"] = round(time.monotonic() - start, 1)
+            self.team.close()
+            self.write()
+
+    def _compile(self) -> None:
+        programs = []
+        for shape in self.plan.shapes:
+            programs += choices(shape, self.request.dtype, self.plan.tokens, self.plan.device) if self._needs_ours(shape) else []
+        self.display.stage("compiling", len(programs) + self.team.processes)
+        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ThreadPoolExecutor(1) as beside:
+            rivals = beside.submit(self.team.start, self.display.tick)
+            compile_ahead(programs, self.plan.device, jobs, self.display.tick)
+            rivals.result()
+        self.result["rival_versions"] = self.team.versions()
+
+    def _needs_ours(self, shape: Shape) -> bool:
+        return self.request.kernels or ("ours" in self.plan.rivals and (shape.only is None or "ours" in shape.only))
+
+    def _boundary(self, place: int) -> None:
+        shape, plan = self.plan.shapes[place], self.plan
+        unit = shape.unit_bytes(self.request.dtype)
+        entry: dict[str, Any] = {"T": shape.T, "n": shape.n, "C": shape.C, "dtype": self.request.dtype, "seed": self.request.seed}
+        entry |= {"unit_bytes": unit, "floor_units": shape.floor_units, "rows": [], "decode": [], "kernels": []}
+        specs = self.team.specs(place)
+        self.display.stage(f"{shape}: boundaries", len(specs) + plan.rounds)
+        entrants = self.team.open(specs, place, self.display.tick)
+        try:
+            copy = _Copy(self.clock)
+            entry["rounds"] = take_rounds([copy, *entrants], plan.rounds, plan.seconds, self.display.tick)
+        finally:
+            for entrant in entrants:
+                entrant.close()
+        entry["copy_gbps"] = copy.moved / copy.row["times"]["copy"]["us"] / 1e3
+        entry["floor_us"] = {p: shape.floor_units[p] * unit / entry["copy_gbps"] / 1e3 for p in PASSES}
+        entry["rows"] = self._rows(entrants)
+        for row in entry["rows"]:
+            for key, sample in row["times"].items():
+                sample["share"] = entry["floor_us"][key.rpartition("_")[0]] / sample["us"]
+        _compare_inputs(entry["rows"])
+        self.result["shapes"].append(entry)
+        del copy, entrants
+        release()
+        self.write()
+
+    def _rows(self, entrants: Sequence[Entrant | RemoteEntrant]) -> list[dict[str, Any]]:
+        """The entrants' rows; of a rival that is not installed none, unless it was asked for by name."""
+        rows = []
+        for entrant in entrants:
+            missing = entrant.row.pop("missing", None)
+            if missing and not self.plan.named:
+                continue
+            if missing:
+                entrant.row["failures"].append(f"not installed: {missing}")
+            rows.append(entrant.row)
+        return rows
+
+    def _decode(self, place: int) -> None:
+        specs = self.team.decode_specs(place)
+        if not specs:
+            return
+        self.display.stage(f"{self.plan.shapes[place]}: small token counts", len(specs) + self.plan.rounds)
+        entrants = self.team.open(specs, place, self.display.tick)
+        try:
+            take_rounds(entrants, self.plan.rounds, self.plan.seconds, self.display.tick)
+            host_tokens = min(self.plan.tokens, key=lambda T: abs(T - HOST_TOKENS))
+            for entrant in entrants:
+                if host_tokens == entrant.spec.T:
+                    entrant.row["host_us"] = entrant.host()
+        finally:
+            for entrant in entrants:
+                entrant.close()
+        self.result["shapes"][-1]["decode"] = self._rows(entrants)
+        del entrants
+        release()
+        self.write()
+
+    def _kernels(self, place: int) -> None:
+        if not self.request.kernels:
+            return
+        shape = self.plan.shapes[place]
+        self.display.stage(f"{shape}: kernels", len(KERNELS))
+        for name in KERNELS:
+            self.result["shapes"][place]["kernels"] += bench_kernel(name, shape, self.request.dtype, self.plan.rounds, self.clock)
+            release()
+            self.display.tick(name)
+        self.write()
+
+    def _launches(self) -> None:
+        """Last, because a process that was profiled once may launch more slowly ever after."""
+        if self.plan.device.type != "cuda":
+            return
+        for place, shape in enumerate(self.plan.shapes):
+            specs = [replace(s, graphs=False) for s in self.team.specs(place)]
+            self.display.stage(f"{shape}: launches", len(specs))
+            for spec, entrant in zip(specs, self.team.open(specs, place, self.display.tick), strict=True):
+                rows = self.result["shapes"][place]["rows"]
+                row = next((r for r in rows if _same(r, spec)), None)
+                if row is not None:
+                    row["launches"] = entrant.launches()
+                entrant.close()
+            release()
+
+    def write(self) -> None:
+        """bench.json, bench.md and bench.png as they stand."""
+        out = self.plan.out
+        for name, text in (("bench.json", json.dumps(self.result, indent=1) + "\n"), ("bench.md", markdown(self.result))):
+            temporary = out / f".{name}.tmp"
+            temporary.write_text(text)
+            os.replace(temporary, out / name)
+        if not self.result["complete"]:
+            return
+        (out / "bench.png").unlink(missing_ok=True)  # never an old picture beside new numbers
+        try:
+            chart(self.result, out / "bench.png")
         except ModuleNotFoundError as error:
-            print(f"no chart: {error}; pip install matplotlib", file=sys.stderr)
-    except (TuneError, profile.ProfileError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"--out {args.out}: cannot be written: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing written", file=sys.stderr)
-        return 130
-    print(f"wrote {', '.join(str(path) for path in sorted(out.glob('boundary.*')))}\n")
-    print(markdown(result), end="")
-    ours = [row for row in result["rows"] if row["rival"] == "ours"]
+            self.display.note(f"no chart: {error}; pip install matplotlib")
+
+
+def _same(row: dict[str, Any], spec: Spec) -> bool:
+    return (row["rival"], row["layers"], row["chained"]) == (spec.rival, spec.layers, spec.chained)
+
+
+def _compare_inputs(rows: list[dict[str, Any]]) -> None:
+    """Another torch in a rival's environment may draw other numbers: then its times still count, but it is said."""
+    drawn = [row for row in rows if "inputs" in row]
+    for row in drawn:
+        if any(abs(a - b) > 1e-6 * max(1.0, abs(b)) for a, b in zip(row["inputs"], drawn[0]["inputs"], strict=True)):
+            row["note"] = "; ".join(filter(None, (row["note"], "other random inputs: its torch draws other numbers")))
+
+
+def bench(request: BenchRequest) -> int:
+    """Measure, write and print. Returns the exit code: 0; 1 where ours failed or differs from float64; 130 after Ctrl-C.
+
+    Raises :class:`TuneError` for what the user can mend.
+    """
+    try:
+        plan = make_plan(request)
+    except profile.ProfileError as error:
+        raise TuneError(str(error)) from None
+    interrupted = False
+    with BenchDisplay() as display:
+        run = Bench(plan, request, display)
+        try:
+            run.run()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        print(f"mhc-tune bench: interrupted; what was measured is in {plan.out / 'bench.json'} and .md", file=sys.stderr)
+        return INTERRUPTED
+    print(f"wrote {', '.join(str(path) for path in sorted(plan.out.glob('bench.*')))}\n")
+    print(markdown(run.result), end="")
+    ours = [row for entry in run.result["shapes"] for row in (*entry["rows"], *entry["decode"]) if row["rival"] == "ours"]
     return 0 if all(row["agrees"] and not row["failures"] for row in ours) else 1
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m tuner.bench``: the same as ``mhc-tune bench``."""
+    from tuner.cli import main as cli
+
+    sys.argv = ["mhc-tune", "bench", *(sys.argv[1:] if argv is None else argv)]
+    cli()
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,57 +1,113 @@
-"""A benchmark result as a Markdown table and as a bar chart. ``result`` is what tuner.bench writes as JSON."""
+"""A benchmark result as Markdown and as a bar chart. ``result`` is what tuner.bench writes as JSON."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-PASSES = ("forward", "forward_backward")
+from tuner.bench_case import PASSES
+from tuner.errors import TuneError
+
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
+#: Lines of a launch table.
+MOST_KERNELS = 30
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Boundary table, notes, and the table of the single kernels."""
-    case, graph = result["case"], result["method"] == "cuda"
-    shape = f"{case['T']} x {case['n']} x {case['C']}, {case['dtype']}"
+    """Per shape: the rivals, their notes, the launches of ours, small token counts, and our kernels."""
+    graph = result["method"] == "cuda"
     lines = [
-        f"# One mHC boundary, identity layer, {shape}",
+        f"# mHC boundaries, identity layer, {result['dtype']}, {result['hardware']['name']}",
         "",
-        f"{result['hardware']['name']}; copy bandwidth in the same run {result['copy_gbps']:.0f} GB/s; "
-        + ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
-        + f"; {result['date']}.",
+        ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v) + f"; {result['date']}.",
         "",
         f"Command: `{result['command']}`",
         "",
-        "Times in us: median of "
-        + f"{result['rounds']} interleaved rounds (95% confidence interval of the median). Share: time of the floor's "
-        "bytes at copy bandwidth / time. "
-        + f"Floor: forward {case['floor_units']['forward']}u, forward + backward {case['floor_units']['forward_backward']}u, "
-        f"u = T C itemsize = {case['unit_bytes'] / 1e6:.3g} MB.",
-        "",
+        "Times in us a boundary: median over interleaved rounds (95% confidence interval of the median). Share: time of the floor's bytes "
+        "at the copy bandwidth of the same rounds / time. u = T C itemsize. A stack is several boundaries in a row, each with its own "
+        "parameters; in a chain the end of one and the beginning of the next are one operator. "
+        + (
+            "Graph: CUDA-graph replay; eager: calls in a row, launches included. L2 holds other, clean data before every sample."
+            if graph
+            else "Wall clock."
+        ),
     ]
-    kinds = [("graph", "graph replay"), ("eager", "eager")] if graph else [("eager", "wall clock")]
-    columns = [(p, kind, f"{TITLES[p]}, {text}") for kind, text in kinds for p in PASSES]
-    lines += _table(["implementation", *(c for p, k, t in columns for c in (t, "share")), "peak MiB"], _boundary_rows(result, columns))
-    lines.append("")
-    for row in result["rows"]:
-        lines += [f"- {row['label']}: {text}" for text in _notes(row)]
-    if result["kernels"]:
-        warmth = "one CUDA graph per kernel, inputs not in cache" if graph else "wall clock"
-        lines += ["", f"## Our kernels ({warmth})", ""]
-        lines += _table(["kernel", "MB", "us", "95% interval", "GB/s", "share of copy", "served by"], _kernel_rows(result))
+    if not result["complete"]:
+        lines += ["", "**Interrupted: not everything was measured.**"]
+    if result["missing"]:
+        lines += ["", f"Not installed, so not measured: {', '.join(result['missing'])}."]
+    for entry in result["shapes"]:
+        lines += ["", f"## T x n x C = {entry['T']} x {entry['n']} x {entry['C']}", ""]
+        lines += [_shape_line(entry), ""]
+        lines += _boundaries(entry, graph)
+        lines += ["", *(f"- {_name(row)}: {text}" for row in entry["rows"] for text in _notes(row))]
+        lines += _launches(entry) + _decode(entry, graph) + _kernels(entry, graph)
     return "\n".join(lines) + "\n"
 
 
-def _boundary_rows(result: dict[str, Any], columns: list[tuple[str, str, str]]) -> list[list[str]]:
-    floor = result["case"]["floor_us"]
-    rows = [["floor", *(c for p, _, _ in columns for c in (f"{floor[p]:.1f}", "100%")), ""]]
-    for row in result["rows"]:
-        cells = [row["label"]]
+def _shape_line(entry: dict[str, Any]) -> str:
+    units = entry["floor_units"]
+    return (
+        f"Copy bandwidth {entry['copy_gbps']:.0f} GB/s; u = {entry['unit_bytes'] / 1e6:.3g} MB; floor: forward {units['forward']}u, "
+        f"forward + backward {units['forward_backward']}u; {entry['rounds']} rounds."
+    )
+
+
+def _name(row: dict[str, Any]) -> str:
+    if row["layers"] == 1:
+        return row["label"]
+    return f"{row['label']}, {'chain' if row['chained'] else 'stack'} of {row['layers']}"
+
+
+def _columns(graph: bool) -> list[tuple[str, str, str]]:
+    """(pass, kind, title)"""
+    kinds = [("graph", "graph"), ("eager", "eager")] if graph else [("eager", "wall clock")]
+    return [(p, kind, f"{TITLES[p]}, {text}") for kind, text in kinds for p in PASSES]
+
+
+def _boundaries(entry: dict[str, Any], graph: bool) -> list[str]:
+    columns, floor = _columns(graph), entry["floor_us"]
+    head = ["implementation", *(c for _, kind, title in columns for c in ((title, "share") if kind == _main(graph) else (title,)))]
+    extra = ["eager / graph", "peak MiB", "launches (PyTorch's)"] if graph else []
+    rows = [["floor", *(c for p, kind, _ in columns for c in ((f"{floor[p]:.1f}", "100%") if kind == _main(graph) else ("",)))]]
+    rows[0] += [""] * len(extra)
+    for row in entry["rows"]:
+        cells = [_name(row)]
         for p, kind, _ in columns:
             time = row["times"].get(f"{p}_{kind}")
-            cells += [f"{time['us']:.1f} ({time['lo']:.1f}..{time['hi']:.1f})", _percent(time["share"])] if time else ["-", "-"]
-        rows.append([*cells, "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"])
-    return rows
+            cells.append(_interval(time) if time else "-")
+            if kind == _main(graph):
+                cells.append(_percent(time["share"]) if time else "-")
+        if graph:
+            both = [row["times"].get(f"forward_backward_{kind}") for kind in ("eager", "graph")]
+            cells.append(f"{both[0]['us'] / both[1]['us']:.2f}" if both[0] and both[1] else "-")
+            cells.append("-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}")
+            cells.append(_launch_cell(row))
+        rows.append(cells)
+    return _table([*head, *extra], rows)
+
+
+def _main(graph: bool) -> str:
+    return "graph" if graph else "eager"
+
+
+def _launch_cell(row: dict[str, Any]) -> str:
+    """Forward and forward + backward of a boundary, in brackets PyTorch's own kernels among them."""
+    counts = row.get("launches") or {}
+    cells = []
+    for p in PASSES:
+        found = counts.get(p)
+        cells.append(f"{_per(found['launches'], row)} ({_per(found['torch_launches'], row)})" if found else "-")
+    return " / ".join(cells)
+
+
+def _per(count: int, row: dict[str, Any]) -> str:
+    return f"{count / row['layers']:.3g}"
+
+
+def _interval(time: dict[str, Any]) -> str:
+    return f"{time['us']:.1f} ({time['lo']:.1f}..{time['hi']:.1f})"
 
 
 def _percent(share: float) -> str:
@@ -67,24 +123,76 @@ def _notes(row: dict[str, Any]) -> list[str]:
     return notes + [f"failed: {e}" for e in row["failures"]]
 
 
-def _kernel_rows(result: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for k in result["kernels"]:
-        if k["failure"]:
-            rows.append([k["kernel"], f"{k['bytes'] / 1e6:.2f}", f"failed: {k['failure']}", "", "", "", ""])
+def _launches(entry: dict[str, Any]) -> list[str]:
+    """Ours by kernel: what one forward + backward launches."""
+    lines: list[str] = []
+    for row in entry["rows"]:
+        found = (row.get("launches") or {}).get("forward_backward")
+        if row["rival"] != "ours" or not found:
             continue
-        rows.append(
-            [
-                k["kernel"],
-                f"{k['bytes'] / 1e6:.2f}",
-                f"{k['us']:.1f}",
-                f"{k['lo']:.1f}..{k['hi']:.1f}",
-                f"{k['gbps']:.0f}",
-                _percent(k["share"]),
-                f"{k['impl']}, {k['origin']}",
-            ]
+        lines += ["", f"### Launches of {_name(row)}, forward + backward", ""]
+        lines.append(
+            f"{found['launches']} launches, {found['us']:.0f} us; PyTorch's own {found['torch_launches']}, {found['torch_us']:.1f} us. "
+            "By the profiler, caches warm."
         )
-    return rows
+        kernels = found["kernels"][:MOST_KERNELS]
+        cells = [[f"`{k['name']}`", str(k["launches"]), f"{k['us']:.1f}", "PyTorch" if k["torch"] else ""] for k in kernels]
+        lines += ["", *_table(["kernel", "launches", "us", "whose"], cells)]
+    return lines
+
+
+def _decode(entry: dict[str, Any], graph: bool) -> list[str]:
+    if not entry["decode"]:
+        return []
+    tokens = sorted({row["T"] for row in entry["decode"]})
+    names: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in entry["decode"]:
+        names.setdefault(row["label"] + (", chained" if row["chained"] else ""), {})[row["T"]] = row
+    rows, failures = [], []
+    for name, by_T in names.items():
+        cells = [name]
+        for T in tokens:
+            times = by_T[T]["times"] if T in by_T else {}
+            kinds = ("graph", "eager") if graph else ("eager",)
+            cells.append(" / ".join(f"{times[k]['us']:.1f}" if (k := f"forward_{kind}") in times else "-" for kind in kinds))
+        host: dict[str, float] = next((row["host_us"] for row in by_T.values() if row.get("host_us")), {})
+        cells.append(" / ".join(f"{host[k]:.0f}" if k in host else "-" for k in ("forward", "record", "forward_backward")))
+        rows.append(cells)
+        for T, row in by_T.items():
+            if not row["agrees"] and row["errors"]:
+                failures.append(f"- {name}, T = {T}: DIFFERS from float64 by {max(row['errors'].values()):.1e}")
+            failures += [f"- {name}, T = {T}: failed: {e}" for e in row["failures"]]
+    depth = max(row["layers"] for row in entry["decode"])
+    how = "graph replay / eager" if graph else "wall clock"
+    host_T = next((row["T"] for row in entry["decode"] if row.get("host_us")), None)
+    lines = ["", f"### Small token counts: forward, us a boundary in a stack of {depth}, {how}", ""]
+    lines += _table(["implementation", *(f"T = {T}" for T in tokens), f"host, T = {host_T}"], rows)
+    lines += ["", "Host: us of Python a boundary, nothing waited for: forward without autograd / with / forward + backward."]
+    return lines + (["", *failures] if failures else [])
+
+
+def _kernels(entry: dict[str, Any], graph: bool) -> list[str]:
+    if not entry["kernels"]:
+        return []
+    head = ["kernel", "program", "MB", "us", "GB/s", "of copy"]
+    if graph:
+        head += ["registers", "stack B", "shared KiB", "threads", "blocks/SM", "occupancy"]
+    rows = []
+    for k in entry["kernels"]:
+        program = f"{k.get('impl', '')}, {k.get('origin', k['program'])}" if k["program"] == "profile" else k["program"]
+        cells = [k["kernel"], program, f"{k['bytes'] / 1e6:.2f}"]
+        if k["failure"]:
+            rows.append([*cells, f"failed: {k['failure']}", *[""] * (len(head) - 4)])
+            continue
+        cells += [_interval(k), f"{k['gbps']:.0f}", _percent(k["share"])]
+        if graph:
+            shared, filled = k.get("shared"), k.get("occupancy")
+            cells += [str(k.get(name, "-")) for name in ("registers", "stack")]
+            cells += ["-" if shared is None else f"{shared / 1024:.3g}", str(k.get("threads", "-")), str(k.get("blocks_per_sm", "-"))]
+            cells.append("-" if filled is None else f"{filled:.0%}")
+        rows.append(cells)
+    how = "several launches on inputs of their own in one CUDA graph" if graph else "wall clock"
+    return ["", f"### Our kernels ({how})", "", *_table(head, rows)]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -92,37 +200,74 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(head) - 1))}|", *(f"| {' | '.join(r)} |" for r in safe)]
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """A bench.json. Raises :class:`TuneError` for a file that is none."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TuneError(f"--readme {path}: cannot be read: {error}") from None
+    if not isinstance(result, dict) or not result.get("shapes"):
+        raise TuneError(f"--readme {path}: holds no shapes, wanted a bench.json of mhc-tune bench")
+    return result
+
+
+def readme_table(result: dict[str, Any]) -> str:
+    """The small table of the README: the first shape, one line an implementation, the best of ours in bold."""
+    entry, kind = result["shapes"][0], _main(result["method"] == "cuda")
+    floor = entry["floor_us"]
+    first = [f"floor: bytes that must move, at the copy bandwidth of the run ({entry['copy_gbps']:.0f} GB/s)"]
+    rows = [first + [c for p in PASSES for c in (f"{floor[p]:.0f}", "100%")] + [""]]
+    for row in entry["rows"]:
+        times = [row["times"].get(f"{p}_{kind}") for p in PASSES]
+        if not any(times):
+            continue
+        bold = "**" if row["rival"] == "ours" else ""
+        cells = [f"{bold}{_name(row)}{bold}"]
+        cells += [c for t in times for c in ((f"{bold}{t['us']:.0f}{bold}", _percent(t["share"])) if t else ("-", "-"))]
+        rows.append([*cells, "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"])
+    head = [f"T x n x C = {entry['T']} x {entry['n']} x {entry['C']}"]
+    for p in PASSES:
+        head += [f"{TITLES[p]}, us", "of the floor's speed"]
+    return "\n".join(_table([*head, "peak MiB"], rows)) + "\n"
+
+
 def chart(result: dict[str, Any], path: Path) -> None:
-    """Bars of every implementation that ran, fastest method of the run (graph replay on CUDA), with the floor as a line."""
+    """A row of bars a shape: every implementation that ran, fastest method of the run (graph replay on CUDA), the floor as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kind = "graph" if result["method"] == "cuda" else "eager"
+    kind = _main(result["method"] == "cuda")
     how = "CUDA-graph replay" if kind == "graph" else "wall clock"
-    case = result["case"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, p in zip(axes, PASSES, strict=True):
-        rows = [(r, r["times"][f"{p}_{kind}"]) for r in result["rows"] if f"{p}_{kind}" in r["times"]]
-        for place, (row, time) in enumerate(rows):
-            spread = [[time["us"] - time["lo"]], [time["hi"] - time["us"]]]
-            axis.barh(place, time["us"], xerr=spread, color="#1f5fbf" if row["rival"] == "ours" else "#b0b7c3", capsize=3)
-            axis.annotate(f"{time['us']:.0f}", (time["hi"], place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-        floor = case["floor_us"][p]
-        axis.axvline(
-            floor, color="#c0392b", linestyle="--", linewidth=1.2, label=f"floor {floor:.0f} us ({case['floor_units'][p]}u at copy speed)"
-        )
-        axis.set_yticks(range(len(rows)), [r["label"] for r, _ in rows])
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_xlabel(f"us, median, {how}")
-        axis.set_title(TITLES[p], fontsize=10)
-        axis.legend(fontsize=8, frameon=False, loc="upper right")  # where our short bars leave room
-        axis.spines[["top", "right"]].set_visible(False)
-    shape = f"T x n x C = {case['T']} x {case['n']} x {case['C']}, {case['dtype']}"
-    figure.suptitle(
-        f"One mHC boundary, identity layer, {shape}\n{result['hardware']['name']}, copy {result['copy_gbps']:.0f} GB/s", fontsize=11
+    entries = result["shapes"]
+    bars = max((len(e["rows"]) for e in entries), default=1)
+    figure, grid = plt.subplots(
+        len(entries), 2, figsize=(11, (1.4 + 0.34 * bars) * len(entries) + 0.6), layout="constrained", squeeze=False
     )
+    for axes, entry in zip(grid, entries, strict=True):
+        for axis, p in zip(axes, PASSES, strict=True):
+            _bars(axis, entry, p, kind)
+            axis.set_xlabel(f"us a boundary, median, {how}")
+            axis.set_title(f"{TITLES[p]}, {entry['T']} x {entry['n']} x {entry['C']}", fontsize=10)
+    copy = entries[0]["copy_gbps"] if entries else 0.0
+    title = f"mHC boundaries (T x n x C), identity layer, {result['dtype']}\n{result['hardware']['name']}, copy {copy:.0f} GB/s"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _bars(axis: Any, entry: dict[str, Any], p: str, kind: str) -> None:
+    rows = [(r, r["times"][f"{p}_{kind}"]) for r in entry["rows"] if f"{p}_{kind}" in r["times"]]
+    for place, (row, time) in enumerate(rows):
+        spread = [[time["us"] - time["lo"]], [time["hi"] - time["us"]]]
+        axis.barh(place, time["us"], xerr=spread, color="#1f5fbf" if row["rival"] == "ours" else "#b0b7c3", capsize=3)
+        axis.annotate(f"{time['us']:.0f}", (time["hi"], place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    floor = entry["floor_us"][p]
+    label = f"floor {floor:.0f} us ({entry['floor_units'][p]}u at copy speed)"
+    axis.axvline(floor, color="#c0392b", linestyle="--", linewidth=1.2, label=label)
+    axis.set_yticks(range(len(rows)), [_name(r) for r, _ in rows])
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.legend(fontsize=8, frameon=False, loc="upper right")  # where our short bars leave room
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,56 +1,44 @@
-"""Implementations of one mHC boundary around the identity layer (f = u), each behind the same two calls.
+"""Implementations of one mHC boundary, each behind the same few calls. Those with an environment of their own are in tuner/rivals.
 
-Shapes as in tl_kernels/spec.py: x and y [T,n,C] in the stream dtype; fn [M,K], base [M], scale [3] in float32, in this project's layout.
+Imports torch and the PyTorch reference only; an implementation is imported when it is made.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tl_kernels import reference
+from tuner.bench_case import GRADIENTS, Case, plain_boundary
+from tuner.errors import TuneError, unknown
 
-GRADIENTS = ("x", "fn", "base", "scale")
+if TYPE_CHECKING:
+    from mhc import HyperConnection
 
-
-@dataclass(frozen=True)
-class Case:
-    """One boundary and its output gradient. ``random`` draws it; logits have a standard deviation near 1, so that nothing saturates."""
-
-    x: Tensor
-    dy: Tensor
-    fn: Tensor
-    base: Tensor
-    scale: Tensor
-
-    @staticmethod
-    def random(T: int, n: int, C: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Case:
-        draw = torch.Generator(device=device).manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw, device=device)
-
-        M, K = n * n + 2 * n, n * C
-        scale = torch.tensor([0.8, 1.0, 1.2], device=device)
-        return Case(normal(T, n, C).to(dtype), normal(T, n, C).to(dtype), normal(M, K) / K**0.5, normal(M) / 2, scale)
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """T, n, C."""
-        T, n, C = self.x.shape
-        return T, n, C
+__all__ = ["GRADIENTS", "RIVALS", "Boundary", "Case", "Rival", "plain_boundary", "rival", "rival_names"]
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """``forward()`` gives y from ``leaves``; ``canonical`` puts gradients of the leaves into this project's layout, keyed by GRADIENTS."""
+    """``forward()`` gives y from ``leaves``, the streams first; a rival without a backward has no leaves. ``canonical`` puts gradients of
+    the leaves into this project's layout, keyed by GRADIENTS.
+
+    ``step``, ``start`` and ``end`` let boundaries be stacked: one boundary from streams to streams in the rival's own layout, what it takes
+    for x (the first leaf, where there is one), and the gradient of what it gives.
+    """
 
     forward: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
     canonical: Callable[[tuple[Tensor, ...]], dict[str, Tensor]]
+    step: Callable[[Tensor], Tensor] | None = None
+    start: Tensor | None = None
+    end: Tensor | None = None
 
     def forward_only(self) -> Tensor:
         with torch.no_grad():
@@ -65,70 +53,113 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Rival:
-    """``order`` and ``rounds_fn`` say where it computes another function than ours by design; the check takes both into account."""
+    """``order`` and ``rounds_fn`` say where it computes another function than ours by design; the check takes both into account.
+
+    ``chain`` makes a whole stack at once, for what spans sublayers. ``isolated``: in a process of its own. ``costly``: a minute to compile,
+    so only single boundaries, decode at one shape only, and every shape is compiled beside the others.
+    """
 
     label: str
     make: Callable[[Case], Boundary]
     order: str = "columns_first"
     rounds_fn: bool = False
     note: str = ""
+    chain: Callable[[list[Case]], Chain] | None = None
+    isolated: bool = True
+    costly: bool = False
+    stacks: bool = True
 
 
-def plain_boundary(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, order: str = "columns_first") -> Tensor:
-    """The specification's boundary, computed in fn's dtype; u and y are rounded to the dtype of x, as every implementation stores them."""
-    wide = x.to(fn.dtype)
-    z, rinv = reference.project(wide, fn)
-    H_pre, H_post, h_res = reference.activate(z, rinv, scale, base)
-    H_res = reference.sinkhorn(h_res, order=order)
-    f = reference.pre(wide, H_pre).to(x.dtype)
-    return reference.post_res(wide, f.to(fn.dtype), H_post, H_res).to(x.dtype)
+@dataclass(frozen=True)
+class Chain:
+    """A stack as one function: ``forward(x)`` from streams to streams, and per layer fn, base and scale in this project's layout."""
+
+    forward: Callable[[Tensor], Tensor]
+    leaves: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
 
-def expected(case: Case, rival: Rival) -> dict[str, Tensor]:
-    """y and the gradients in float64, with the Sinkhorn order and the rounding of fn that the rival has by design."""
-    fn = case.fn.to(case.x.dtype) if rival.rounds_fn else case.fn
-    leaves = x, fn, base, scale = _require_grad(case.x.double(), fn.double(), case.base.double(), case.scale.double())
-    y = plain_boundary(x, fn, base, scale, rival.order)
-    grads = torch.autograd.grad(y, leaves, case.dy.double())
-    return {"y": y.detach(), **dict(zip(GRADIENTS, grads, strict=True))}
+def _require_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Leaves of their own on the same memory."""
+    return tuple(t.detach().requires_grad_() for t in tensors)
 
 
 def _own_layout(grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(GRADIENTS, grads, strict=True))
 
 
-def _require_grad(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Leaves of their own on the same memory."""
-    return x.detach().requires_grad_(), fn.detach().requires_grad_(), base.detach().requires_grad_(), scale.detach().requires_grad_()
+def _boundary(case: Case, x: Tensor, step: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...]) -> Boundary:
+    """A boundary in this project's layout."""
+    return Boundary(lambda: step(x), (x, *parameters), _own_layout, step, x, case.dy)
+
+
+def _connections(cases: list[Case]) -> list[HyperConnection]:
+    import mhc
+
+    made = []
+    for case in cases:
+        hc = mhc.HyperConnection(case.sizes[2], n=case.sizes[1]).to(case.x.device)
+        with torch.no_grad():
+            hc.fn.copy_(case.fn)
+            hc.base.copy_(case.base)
+            hc.scale.copy_(case.scale)
+        made.append(hc)
+    return made
 
 
 def _ours(case: Case) -> Boundary:
-    import mhc
+    (hc,) = _connections([case])
+    (x,) = _require_grad(case.x)
 
-    _, n, C = case.sizes
-    hc = mhc.HyperConnection(C, n=n).to(case.x.device)
-    with torch.no_grad():
-        hc.fn.copy_(case.fn)
-        hc.base.copy_(case.base)
-        hc.scale.copy_(case.scale)
-    x = case.x.detach().requires_grad_()
-
-    def forward() -> Tensor:
-        u, ctx = hc.pre(x)
+    def step(streams: Tensor) -> Tensor:
+        u, ctx = hc.pre(streams)
         return hc.post(u, ctx)
 
-    return Boundary(forward, (x, hc.fn, hc.base, hc.scale), _own_layout)
+    return _boundary(case, x, step, (hc.fn, hc.base, hc.scale))
+
+
+def _ours_chain(cases: list[Case]) -> Chain:
+    """The leave of one sublayer fused with the enter of the next, as a model chains them."""
+    connections = _connections(cases)
+    first, *others = connections
+    if not hasattr(first, "cross"):
+        raise NotImplementedError("HyperConnection has no cross() in this version")
+
+    def forward(x: Tensor) -> Tensor:
+        u, ctx = first.pre(x)
+        for hc in others:
+            u, ctx = hc.cross(u, ctx)
+        return connections[-1].post(u, ctx)
+
+    return Chain(forward, tuple((hc.fn, hc.base, hc.scale) for hc in connections))
 
 
 def _eager(case: Case) -> Boundary:
-    leaves = x, fn, base, scale = _require_grad(case.x, case.fn, case.base, case.scale)
-    return Boundary(lambda: plain_boundary(x, fn, base, scale), leaves, _own_layout)
+    x, fn, base, scale = _require_grad(case.x, case.fn, case.base, case.scale)
+    return _boundary(case, x, lambda streams: plain_boundary(streams, fn, base, scale), (fn, base, scale))
+
+
+@functools.cache
+def _compiled_boundary(T: int, n: int, C: int) -> Callable[..., Tensor]:
+    """One compilation a shape, kept; token counts above 1 of a decode share one."""
+    return torch.compile(plain_boundary, fullgraph=True, dynamic=False if T == 1 or T > DECODE_MOST else None)
+
+
+#: Token counts up to this one are decoding.
+DECODE_MOST = 256
 
 
 def _compiled(case: Case) -> Boundary:
-    leaves = x, fn, base, scale = _require_grad(case.x, case.fn, case.base, case.scale)
-    compiled = torch.compile(plain_boundary, fullgraph=True, dynamic=False)
-    return Boundary(lambda: compiled(x, fn, base, scale), leaves, _own_layout)
+    T, n, C = case.sizes
+    x, fn, base, scale = _require_grad(case.x, case.fn, case.base, case.scale)
+    decode = 1 < T <= DECODE_MOST
+    compiled = _compiled_boundary(2 if decode else T, n, C)
+
+    def step(streams: Tensor) -> Tensor:
+        if decode:
+            torch._dynamo.maybe_mark_dynamic(streams, 0)
+        return compiled(streams, fn, base, scale)
+
+    return _boundary(case, x, step, (fn, base, scale))
 
 
 def _liger(case: Case) -> Boundary:
@@ -144,20 +175,43 @@ def _liger(case: Case) -> Boundary:
     alphas = tuple(a.clone().requires_grad_() for a in case.scale.unbind())
     wide = dtype is torch.float32
 
-    def forward() -> Tensor:
-        H_pre, H_post, H_res = liger_mhc_coeffs(x, phi, b, *alphas, allow_fp32=wide, pre_eps=1e-6)
-        return liger_mhc_post_res(x, liger_mhc_pre(x, H_pre), H_post, H_res)
+    def step(streams: Tensor) -> Tensor:
+        H_pre, H_post, H_res = liger_mhc_coeffs(streams, phi, b, *alphas, allow_fp32=wide, pre_eps=1e-6)
+        return liger_mhc_post_res(streams, liger_mhc_pre(streams, H_pre), H_post, H_res)
 
     def canonical(grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
         dx, dphi, db, *dalpha = grads
         return {"x": dx, "fn": dphi.T[swap], "base": db[swap], "scale": torch.stack(dalpha)}
 
-    return Boundary(forward, (x, phi, b, *alphas), canonical)
+    return Boundary(lambda: step(x), (x, phi, b, *alphas), canonical, step, x, case.dy)
 
 
 RIVALS: Mapping[str, Rival] = {
-    "ours": Rival("mhc (this project)", _ours),
+    "ours": Rival("mhc (this project)", _ours, chain=_ours_chain, isolated=False),
     "liger": Rival("Liger", _liger, "rows_first", True, "starts Sinkhorn with rows; phi in the stream dtype, as it advises"),
-    "compile": Rival("torch.compile", _compiled),
-    "eager": Rival("PyTorch eager", _eager),
+    "compile": Rival("torch.compile", _compiled, costly=True, stacks=False),
+    "eager": Rival("PyTorch eager", _eager, isolated=False, stacks=False),
 }
+
+
+def rival_names() -> list[str]:
+    """Every rival there is code for, installed or not: those above, between ours and PyTorch's those of tuner/rivals."""
+    try:
+        package = importlib.import_module("tuner.rivals")
+    except ModuleNotFoundError:
+        return list(RIVALS)
+    others = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return ["ours", *others, *(name for name in RIVALS if name != "ours")]
+
+
+def rival(name: str) -> Rival:
+    """The rival of that name, ``-`` and ``_`` alike. Raises :class:`TuneError` where there is none."""
+    name = name.replace("-", "_")
+    if name in RIVALS:
+        return RIVALS[name]
+    if name not in rival_names():
+        raise unknown("rival", name, rival_names())
+    found = importlib.import_module(f"tuner.rivals.{name}").RIVAL
+    if not isinstance(found, Rival):
+        raise TuneError(f"tuner/rivals/{name}.py: RIVAL is a {type(found).__name__}, wanted a Rival")
+    return found

@@ -1,10 +1,18 @@
-"""Exclusive timing, one method for everything that is compared: samples in microseconds, their median and its confidence interval."""
+"""Exclusive timing, one method for everything that is compared: samples in microseconds, their median and its confidence interval.
+
+Tuner and benchmark share :class:`Clock`, so their figures mean the same. On CUDA every sample starts with the L2 cache full of other data,
+read and not written. Written lines would be dirty, and evicting them would cost the timed call up to a cache's worth of somebody else's
+write-backs. The other side of the coin: up to a cache's worth of the call's own writes is still in L2 when its clock stops, so a call
+that moves little more than L2 looks faster than memory. Where a share of bandwidth is reported, a sample therefore moves many times L2
+(several launches on inputs of their own, see tuner/bench_kernels.py), and copy bandwidth is measured by the same method in the same run.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
@@ -37,39 +45,63 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
     return ordered[low], ordered[max(low, high)]
 
 
-class Clock:
-    """Times calls on one device. On CUDA the L2 cache is flushed by the same buffer write before every call."""
+@dataclass(frozen=True)
+class Timed:
+    """What one sample is: ``count`` calls in a row, whose time is divided by ``count``.
 
-    def __init__(self, device: str) -> None:
+    ``eager`` waits for an idle device before the clock starts, so that launching is inside the time; otherwise the host launches ahead
+    while the cache is being filled, and only the device's time is seen.
+    """
+
+    call: Call
+    count: int = 1
+    eager: bool = False
+
+
+class Clock:
+    """Times calls on one device; see the module's page for what stands in L2 before each sample."""
+
+    def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
-        self._flush: torch.Tensor | None = None
         if self.device.type == "cuda":
             l2 = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 50 << 20)
             # several times the cache, and long enough that the host enqueues the timed call while it runs
-            self._flush = torch.empty(max(256 << 20, 4 * l2), dtype=torch.int8, device=self.device)
+            size = max(256 << 20, 4 * l2) // 4
+            self._other_data = torch.zeros(size, dtype=torch.float32, device=self.device)
+            self._sum = torch.zeros(1, dtype=torch.float32, device=self.device)
 
     def sample(self, call: Call, count: int) -> list[float]:
         """``count`` samples of one call, in microseconds, in the order taken."""
         return [s[0] for s in self.interleaved([call], count)]
 
-    def interleaved(self, calls: Sequence[Call], rounds: int) -> list[list[float]]:
-        """``rounds`` rounds of one sample of every call: drift of the clock hits all of them alike."""
+    def interleaved(self, calls: Sequence[Call | Timed], rounds: int) -> list[list[float]]:
+        """``rounds`` rounds of one sample of every call: drift of the clock hits all of them alike. Every round starts with another one."""
+        timed = [c if isinstance(c, Timed) else Timed(c) for c in calls]
+        taken: list[list[Callable[[], float]]] = []
+        for r in range(rounds):
+            row: dict[int, Callable[[], float]] = {}
+            for k in range(len(timed)):
+                which = (r + k) % len(timed)
+                row[which] = self._one(timed[which])
+            taken.append([row[k] for k in range(len(timed))])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return [[read() for read in row] for row in taken]
+
+    def _one(self, timed: Timed) -> Callable[[], float]:
+        """Take one sample; the result reads it, on CUDA after a synchronisation."""
         if self.device.type == "cpu":
-            return [[_wall_us(call) for call in calls] for _ in range(rounds)]
-        pairs = []
-        for _ in range(rounds):
-            row = []
-            for call in calls:
-                assert self._flush is not None
-                self._flush.zero_()
-                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                call()
-                stop.record()
-                row.append((start, stop))
-            pairs.append(row)
-        torch.cuda.synchronize(self.device)
-        return [[start.elapsed_time(stop) * 1e3 for start, stop in row] for row in pairs]
+            spent = wall_us(timed.call, timed.count)
+            return lambda: spent
+        torch.sum(self._other_data, 0, keepdim=True, out=self._sum)
+        if timed.eager:
+            torch.cuda.synchronize(self.device)
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(timed.count):
+            timed.call()
+        stop.record()
+        return lambda: start.elapsed_time(stop) * 1e3 / timed.count
 
     def measure(self, call: Call, samples: int, budget_ms: float, best_us: float | None = None) -> tuple[list[float], bool]:
         """Warm up, sample within ``budget_ms``. Returns the samples and whether it stopped early: clearly slower than ``best_us``."""
@@ -82,16 +114,23 @@ class Clock:
         more = min(samples - len(taken), int(budget_ms * 1e3 / max(1e-3, median(taken))) - len(taken))
         return taken + (self.sample(call, more) if more > 0 else []), False
 
-    def copy_gbps(self, nbytes: int | None = None) -> float:
-        """Copy bandwidth in GB/s (bytes read plus written): what a perfect memory-bound kernel would reach here."""
+    def copy_call(self, nbytes: int | None = None) -> tuple[Call, int]:
+        """A device-to-device copy, and the bytes it reads plus writes: many times any cache."""
         nbytes = nbytes or (64 << 20 if self.device.type == "cpu" else 1 << 30)
         source = torch.empty(nbytes, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
-        self.sample(lambda: target.copy_(source), 2)
-        return 2 * nbytes / median(self.sample(lambda: target.copy_(source), 9)) / 1e3
+        return lambda: target.copy_(source), 2 * nbytes
+
+    def copy_gbps(self, nbytes: int | None = None) -> float:
+        """Copy bandwidth in GB/s (bytes read plus written): what a perfect memory-bound kernel would reach here."""
+        copy, moved = self.copy_call(nbytes)
+        self.sample(copy, 2)
+        return moved / median(self.sample(copy, 9)) / 1e3
 
 
-def _wall_us(call: Call) -> float:
+def wall_us(call: Call, count: int = 1) -> float:
+    """The host's time for one of ``count`` calls in a row; whatever they enqueue on a device may still run."""
     start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e6
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) * 1e6 / count

@@ -1,0 +1,143 @@
+"""Every kernel of the package at one shape: floor bytes, time, share of copy bandwidth, and what its program takes of a multiprocessor."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhc import profile
+from tl_kernels import KERNELS
+from tl_kernels.launch import compile_kernel, device_arch, get_launcher
+from tl_kernels.spec import Config, Kernel, Problem
+from tuner.bench_case import Shape
+from tuner.bench_entrant import capture
+from tuner.compile_job import lowered_shared_bytes
+from tuner.cubin import Resources, blocks_per_sm, find_kernels, occupancy
+from tuner.errors import one_line
+from tuner.inputs import make_inputs
+from tuner.timing import Clock, Timed, median, median_interval
+
+#: Most launches in one sample.
+MOST_LAUNCHES = 32
+
+
+def choices(shape: Shape, dtype: str, tokens: Iterable[int], device: torch.device) -> list[tuple[Kernel, Problem, Config]]:
+    """The programs that the profile, and the default, serve at a shape and these token counts; on the CPU not where PyTorch serves."""
+    found: dict[Any, tuple[Kernel, Problem, Config]] = {}
+    for name, kernel in KERNELS.items():
+        p = kernel.problem(shape.n, shape.C, dtype)
+        served = [profile.choose(name, p, T, device) for T in (shape.T, *tokens)]
+        configs = [c.config for c in served if c.impl == "tilelang" or device.type == "cuda"]
+        for config in configs + ([kernel.default(p)] if device.type == "cuda" else []):
+            found.setdefault((name, p, tuple(sorted(config.items()))), (kernel, p, config))
+    return list(found.values())
+
+
+def compile_ahead(programs: Sequence[tuple[Kernel, Problem, Config]], device: torch.device, jobs: int, tick: Callable[[str], None]) -> None:
+    """Compile beside each other what will be timed. A program that does not compile says so later, where it is used."""
+
+    def one(program: tuple[Kernel, Problem, Config]) -> str:
+        kernel, p, config = program
+        try:
+            get_launcher(kernel, p, config, device_arch(device))
+        except Exception:  # it comes up again, in the row of who uses it
+            pass
+        return kernel.name
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for name in pool.map(one, programs):
+            tick(f"compiled {name}")
+
+
+def resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
+    """Registers, stack and threads from the compiled image, dynamic shared memory from lowering once more, and the occupancy of both."""
+    jit = get_launcher(kernel, p, config, arch).jit
+    folder = getattr(jit, "_tilelang_cache_path", None)
+    if folder is not None:
+        found = find_kernels((Path(folder) / "executable.so").read_bytes())
+    else:  # TileLang's cache is switched off
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "kernel.so"
+            compile_kernel(kernel, p, config, arch).export_library(str(path))
+            found = find_kernels(path.read_bytes())
+    if not found:
+        return {}
+    worst = max(found, key=lambda r: (r.registers, r.stack))
+    shared = lowered_shared_bytes(kernel, kernel.build(p, config), config, arch) + worst.static_shared
+    return {"shared": shared} | _summary(worst, arch, shared)
+
+
+def _summary(r: Resources, arch: str, shared: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"registers": r.registers, "stack": r.stack, "threads": r.threads}
+    if r.threads:
+        found["blocks_per_sm"] = blocks_per_sm(arch, r.registers, r.threads, shared)
+        found["occupancy"] = occupancy(arch, r.registers, r.threads, shared)
+    return found
+
+
+def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock) -> list[dict[str, Any]]:
+    """Lines for the program that the profile serves and, where it is another one, the default; interleaved with a copy."""
+    kernel, device = KERNELS[name], clock.device
+    p = kernel.problem(shape.n, shape.C, dtype)
+    nbytes = kernel.bytes_moved(p, shape.T)
+    rows: list[dict[str, Any]] = []
+    calls: list[Timed] = []
+    copy, copied = clock.copy_call()
+    launches = max(1, min(MOST_LAUNCHES, math.ceil(copied / nbytes))) if device.type == "cuda" else 1
+    try:
+        choice = profile.choose(name, p, shape.T, device)
+        programs = [("profile" if choice.origin != "default" else "default", dict(choice.config), choice.impl, choice.origin)]
+        default = kernel.default(p)
+        if device.type == "cuda" and choice.config != default:
+            programs.append(("default", default, "tilelang", "default"))
+        inputs = make_inputs(kernel, p, shape.T, 0, device)
+    except Exception as error:
+        return [{"kernel": name, "program": "profile", "bytes": nbytes, "failure": one_line(error)}]
+    sets = [inputs] + [tuple(t.clone() for t in inputs) for _ in range(launches - 1)]
+    for program, config, impl, origin in programs:
+        row: dict[str, Any] = {
+            "kernel": name,
+            "program": program,
+            "config": config,
+            "impl": impl,
+            "origin": origin,
+            "bytes": nbytes,
+            "failure": None,
+        }
+        rows.append(row)
+        try:
+            calls.append(_call(kernel, p, config, impl, sets, device))
+            if device.type == "cuda":
+                row |= resources(kernel, p, config, device_arch(device))
+        except Exception as error:
+            row["failure"] = one_line(error)
+    good = [row for row in rows if row["failure"] is None]
+    clock.interleaved([copy, *calls], 1)
+    columns = list(zip(*clock.interleaved([copy, *calls], rounds), strict=True))
+    copy_gbps = copied / median(columns[0]) / 1e3
+    for row, samples in zip(good, columns[1:], strict=True):
+        low, high = median_interval(samples)
+        row |= {"us": median(samples) / launches, "lo": low / launches, "hi": high / launches, "launches_per_sample": launches}
+        row["gbps"] = nbytes / row["us"] / 1e3
+        row["share"] = row["gbps"] / copy_gbps
+    return rows
+
+
+def _call(kernel: Kernel, p: Problem, config: Config, impl: str, sets: list[tuple[torch.Tensor, ...]], device: torch.device) -> Timed:
+    run: Callable[..., object]
+    if impl == "reference" and device.type == "cpu":
+        run = getattr(torch.ops.mhc, kernel.name)
+    else:
+        run = get_launcher(kernel, p, config, device_arch(device))
+    # results are returned so that a graph keeps them apart
+    call: Callable[[], object] = lambda: [run(*inputs) for inputs in sets]  # noqa: E731
+    call()
+    if device.type == "cuda":
+        call, _ = capture(call)
+    return Timed(call)

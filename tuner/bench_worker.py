@@ -1,0 +1,77 @@
+"""``python -m tuner.bench_worker DEVICE``: entrants in a process of their own, driven by JSON lines on stdin and stdout.
+
+A request is ``{"do": ..., ...}``, its answer ``{"ok": ...}`` or ``{"error": "one line"}``. Between requests the process leaves its device
+idle, so that the one who asks may time others meanwhile. What a rival prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from tuner.bench_entrant import Entrant, Spec, release
+from tuner.errors import one_line
+from tuner.timing import Clock
+
+
+class Worker:
+    """The requests it answers are its methods."""
+
+    def __init__(self, device: str) -> None:
+        self.clock = Clock(torch.device(device))
+        self.entrants: dict[int, Entrant] = {}
+
+    def hello(self) -> dict[str, Any]:
+        return {"python": platform.python_version(), "torch": torch.__version__}
+
+    def warm(self, specs: list[dict[str, Any]]) -> None:
+        """Compile what these need; nothing is kept but the compiled code."""
+        for spec in specs:
+            Entrant(Spec(**{**spec, "graphs": False}), self.clock).close()
+            release()
+
+    def open(self, id: int, spec: dict[str, Any]) -> dict[str, Any]:
+        self.entrants[id] = entrant = Entrant(Spec(**spec), self.clock)
+        release(everything=False)
+        return {"row": entrant.row, "keys": entrant.keys}
+
+    def sample(self, id: int) -> dict[str, float]:
+        return self.entrants[id].sample()
+
+    def host(self, id: int) -> dict[str, float]:
+        return self.entrants[id].host()
+
+    def launches(self, id: int) -> dict[str, Any]:
+        return self.entrants[id].launches()
+
+    def close(self, id: int) -> None:
+        entrant = self.entrants.pop(id, None)
+        if entrant is not None:
+            entrant.close()
+        release()
+
+
+def main(device: str) -> None:
+    # whoever prints in this process prints to stderr, the protocol has the old stdout to itself
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    worker: Worker | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            worker = worker or Worker(device)
+            result: dict[str, Any] = {"ok": getattr(worker, request.pop("do"))(**request)}
+        except Exception as error:
+            result = {"error": one_line(error)}
+        answers.write(json.dumps(result) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cpu")
