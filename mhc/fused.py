@@ -244,6 +244,7 @@ def _register_autograd(name: str) -> Callable[..., Any]:
     forward, backward = COMPOSITES[name]
     function, run, below = _FUNCTIONS[name], _IMPLEMENTATIONS[name], _BELOW[name]
     op, count, defaults = getattr(torch.ops.mhc, name).default, len(forward.inputs), tuple(forward.options.values())
+    every = count + len(defaults)
     differentiable = torch._C._any_requires_grad
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -256,10 +257,12 @@ def _register_autograd(name: str) -> Callable[..., Any]:
     register_no_double_backward(backward, _BELOW[backward.name])
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not nobody_else_dispatches(args[:count]):
+        tensors = args[:count]
+        if torch.compiler.is_compiling() or not nobody_else_dispatches(tensors):
             return op(*args)
-        args = (*args, *defaults[len(args) - count :])
-        if torch.is_grad_enabled() and differentiable(*args):
+        if len(args) < every:
+            args = (*args, *defaults[len(args) - count :])
+        if torch.is_grad_enabled() and differentiable(*tensors):
             return function.apply(None, *args)
         return run(*args)
 

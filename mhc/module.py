@@ -25,19 +25,15 @@ INIT_ALPHA = 0.01
 class Context(NamedTuple):
     """What :meth:`HyperConnection.pre` keeps for :meth:`HyperConnection.post`: the flattened streams and their coefficients.
 
-    Read what you like; pass it on as it is. ``ticket`` (None on the path of single steps) stands for x's share of the gradient through
-    H_res, see :mod:`mhc.fused`: with another x or H_res put in its place beside the ticket, gradients would be wrong.
+    Read what you like and pass it on as it is. With a ticket (:mod:`mhc.fused`; None on the path of single steps) ``x`` is detached, for its
+    gradient comes by the ticket: another x or H_res put beside it would get wrong gradients. Where something else wants a gradient of the
+    streams, an auxiliary loss say, end the chain there with ``post`` and start anew with ``pre``.
     """
 
     x: torch.Tensor  # [T, n, dim]
     H_post: torch.Tensor  # [T, n] float32
     H_res: torch.Tensor  # [T, n, n] float32
     ticket: torch.Tensor | None = None  # [T, n, dim] without storage
-
-    @property
-    def linked(self) -> bool:
-        """Whether the gradient of x comes by the ticket: it was made, and not under no_grad for an x that wants a gradient."""
-        return self.ticket is not None and (self.ticket.requires_grad or not self.x.requires_grad)
 
 
 def check_sizes(n: int, dim: int) -> None:
@@ -197,7 +193,12 @@ class HyperConnection(Float32Parameters):
         x_TnC = flatten_streams(x, self.n, self.dim)
         if self.fused:
             u, _, H_post, H_res, _, ticket = ops.enter(x_TnC, *self._weights())
-            ctx = Context(x_TnC, H_post, H_res, ticket)
+            if not x_TnC.requires_grad:
+                ctx = Context(x_TnC, H_post, H_res, ticket)
+            elif ticket.requires_grad:
+                ctx = Context(x_TnC.detach(), H_post, H_res, ticket)
+            else:  # under no_grad, which post() may be outside of
+                ctx = Context(x_TnC, H_post, H_res)
         else:
             H_pre, H_post, H_res = self._coefficients(x_TnC)
             u = ops.pre(x_TnC, H_pre)
@@ -209,30 +210,31 @@ class HyperConnection(Float32Parameters):
         T = ctx.x.shape[0]
         if f.shape[-1:] != (self.dim,) or f.numel() != T * self.dim:
             raise ValueError(f"f: got shape {tuple(f.shape)}, wanted [..., dim={self.dim}] with {T} tokens, as u from pre()")
-        return (f if f.dim() == 2 else f.reshape(T, self.dim)).to(ctx.x.dtype)
+        f_TC = f if f.dim() == 2 else f.reshape(T, self.dim)
+        return f_TC if f_TC.dtype is ctx.x.dtype else f_TC.to(ctx.x.dtype)
 
     def post(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Layer output f [..., dim] -> new streams [..., n, dim]. f is cast to the streams' dtype first, as under autocast."""
         f_TC = self._layer_output(f, ctx)
-        if ctx.linked:
-            y = ops.leave(ctx.x, f_TC, ctx.H_post, ctx.H_res, ctx.ticket)
-        else:
+        if ctx.ticket is None:
             y = ops.post_res(ctx.x, f_TC, ctx.H_post, ctx.H_res)
+        else:
+            y = ops.leave(ctx.x, f_TC, ctx.H_post, ctx.H_res, ctx.ticket)
         return y if f.dim() == 2 else y.view(*f.shape[:-1], self.n, self.dim)
 
     def cross(self, f: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, Context]:
         """``self.pre(previous.post(f, ctx))`` in one: from the previous layer's output f [..., dim] to this one's input u [..., dim].
 
         ctx is the previous connection's, of as many streams and channels as this one; its other options may differ. The streams in
-        between are ``x`` of the Context that comes back.
+        between are ``x`` of the Context that comes back, without gradient.
         """
         if ctx.x.shape[1:] != (self.n, self.dim):
             raise ValueError(f"ctx: got streams of shape {tuple(ctx.x.shape)}, wanted [T, n={self.n}, dim={self.dim}]")
-        if not (self.fused and ctx.linked):
+        if not self.fused or ctx.ticket is None:
             return self.pre(self.post(f, ctx))
         f_TC = self._layer_output(f, ctx)
         y, u, _, H_post, H_res, _, ticket = ops.boundary(ctx.x, f_TC, ctx.H_post, ctx.H_res, ctx.ticket, *self._weights())
-        return u if f.dim() == 2 else u.view(f.shape), Context(y, H_post, H_res, ticket)
+        return u if f.dim() == 2 else u.view(f.shape), Context(y.detach(), H_post, H_res, ticket)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """``post(layer(u, *args, **kwargs), ctx)``. A layer that returns a tuple gives a tuple, its first element replaced."""
