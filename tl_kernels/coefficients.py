@@ -99,19 +99,24 @@ def build_fwd(p, cfg):
     ):
         with T.Kernel(T.ceildiv(T_, bt), threads=cfg["threads"]) as block:
             t0 = block * bt
-            ab = T.alloc_fragment((weights,), ACC)
-            ab_s = T.alloc_shared((weights,), ACC)
+            alpha_Q = T.alloc_fragment((weights,), ACC)
+            b_Q = T.alloc_fragment((weights,), ACC)
+            alpha_s = T.alloc_shared((weights,), ACC)
+            b_s = T.alloc_shared((weights,), ACC)
             z_s = T.alloc_shared((rows, bt), ACC)
             r_s = T.alloc_shared((bt,), ACC)
             z = T.alloc_fragment((rows, bt), ACC)
             for q in T.Parallel(weights):
-                ab[q] = T.if_then_else(q < 3, alpha[T.min(q, 2)], b[T.max(T.min(q - 3, M - 1), 0)])
+                alpha_Q[q] = alpha[T.min(q, 2)]
+            for q in T.Parallel(weights):
+                b_Q[q] = b[T.min(q, M - 1)]
             T.clear(z)
             for s in T.serial(S_):
                 for q, t in T.Parallel(rows, bt):
                     z[q, t] += parts[s, T.min(q, M), T.min(t0 + t, T_ - 1)]
             for q in T.Parallel(weights):
-                ab_s[q] = ab[q]
+                alpha_s[q] = alpha_Q[q]
+                b_s[q] = b_Q[q]
             for q, t in T.Parallel(rows, bt):
                 z_s[q, t] = z[q, t]
                 if q < M and t0 + t < T_:
@@ -123,11 +128,11 @@ def build_fwd(p, cfg):
             # a row whose norm overflowed has 1/r = 0 and counts as zero, also where z overflowed with it
             for t, i in T.Parallel(bt, n):
                 if t0 + t < T_:
-                    h = ab_s[0] * T.if_then_else(r_s[t] > 0, z_s[i, t] * r_s[t], 0.0) + ab_s[3 + i]
+                    h = alpha_s[0] * T.if_then_else(r_s[t] > 0, z_s[i, t] * r_s[t], 0.0) + b_s[i]
                     H_pre[t0 + t, i] = sigmoid(h) + pre_eps
             for t, i in T.Parallel(bt, n):
                 if t0 + t < T_:
-                    h = ab_s[1] * T.if_then_else(r_s[t] > 0, z_s[n + i, t] * r_s[t], 0.0) + ab_s[3 + n + i]
+                    h = alpha_s[1] * T.if_then_else(r_s[t] > 0, z_s[n + i, t] * r_s[t], 0.0) + b_s[n + i]
                     H_post[t0 + t, i] = post_mult * sigmoid(h)
             if iters == 0:
                 for t, i, j in T.Parallel(bt, n, n):
@@ -142,7 +147,7 @@ def build_fwd(p, cfg):
                 T.annotate_layout({m: token_matrix(bt, n), **{v: token_vector(bt, n) for v in (r, c, r_inv, c_inv)}})
                 for t, i, j in T.Parallel(bt, n, n):
                     q = 2 * n + (i * n + j if rows_first else j * n + i)
-                    m[t, i, j] = ab_s[2] * T.if_then_else(r_s[t] > 0, z_s[q, t] * r_s[t], 0.0) + ab_s[3 + q]
+                    m[t, i, j] = alpha_s[2] * T.if_then_else(r_s[t] > 0, z_s[q, t] * r_s[t], 0.0) + b_s[q]
                 softmax_columns(m, c, bt, n, eps)
                 T.fill(c, 1.0)
                 T.fill(c_inv, 1.0)
@@ -165,7 +170,7 @@ def build_bwd(p, cfg):
     n, M = p.n, p.M
     Q = M + 1
     bt, splits, threads = cfg["block_T"], cfg["splits"], cfg["threads"]
-    rows, gates, weights = rows_of(Q, cfg), rows_of(2 * n, cfg), ceildiv(M + 3, threads) * threads
+    rows, gates, weights = rows_of(Q, cfg), rows_of(n, cfg), ceildiv(M + 3, threads) * threads
     post_mult = p.option("post_mult")
     iters, eps, rows_first = p.option("iters"), p.option("eps"), p.option("order") == "rows_first"
     T_ = T.dynamic("T")
@@ -182,42 +187,51 @@ def build_bwd(p, cfg):
         dab: T.Tensor((splits, M + 3), ACC),
     ):
         with T.Kernel(splits, threads=threads) as s:
-            ab = T.alloc_fragment((weights,), ACC)
-            ab_s = T.alloc_shared((weights,), ACC)
+            alpha_Q = T.alloc_fragment((weights,), ACC)
+            b_Q = T.alloc_fragment((weights,), ACC)
+            alpha_s = T.alloc_shared((weights,), ACC)
+            b_s = T.alloc_shared((weights,), ACC)
             z = T.alloc_fragment((rows, bt), ACC)
             z_s = T.alloc_shared((rows, bt), ACC)
-            dH = T.alloc_fragment((gates, bt), ACC)
+            dpre = T.alloc_fragment((gates, bt), ACC)
+            dpost = T.alloc_fragment((gates, bt), ACC)
             # rows as in dab: dalpha 3, then dh; a padded row, because the last sums read it down
             d_s = T.alloc_shared((3 + rows, bt + 1), ACC)
             dab_Q = T.alloc_fragment((weights,), ACC)
             dot = T.alloc_fragment((bt,), ACC)
             drinv = T.alloc_fragment((bt,), ACC)
             for q in T.Parallel(weights):
-                ab[q] = T.if_then_else(q < 3, alpha[T.min(q, 2)], b[T.max(T.min(q - 3, M - 1), 0)])
+                alpha_Q[q] = alpha[T.min(q, 2)]
+            for q in T.Parallel(weights):
+                b_Q[q] = b[T.min(q, M - 1)]
             T.clear(dab_Q)
             for k in T.serial(T.ceildiv(T.ceildiv(T_, bt), splits)):
                 t0 = (k * splits + s) * bt
                 for q, t in T.Parallel(rows, bt):
                     z[q, t] = zs[T.min(q, M), T.min(t0 + t, T_ - 1)]
-                for q, t in T.Parallel(gates, bt):
-                    dH[q, t] = T.if_then_else(
-                        t0 + t < T_,
-                        T.if_then_else(q < n, dH_pre[t0 + t, T.min(q, n - 1)], post_mult * dH_post[t0 + t, T.max(T.min(q - n, n - 1), 0)]),
-                        0.0,
-                    )
+                for i, t in T.Parallel(gates, bt):
+                    dpre[i, t] = dH_pre[T.min(t0 + t, T_ - 1), T.min(i, n - 1)]
+                for i, t in T.Parallel(gates, bt):
+                    dpost[i, t] = dH_post[T.min(t0 + t, T_ - 1), T.min(i, n - 1)]
                 if iters > 0:
                     dm = T.alloc_fragment((bt, n, n), ACC)
                     for t, i, j in T.Parallel(bt, n, n):
                         dm[t, i, j] = T.if_then_else(t0 + t < T_, dH_res[t0 + t, j, i] if rows_first else dH_res[t0 + t, i, j], 0.0)
                 for q in T.Parallel(weights):
-                    ab_s[q] = ab[q]
+                    alpha_s[q] = alpha_Q[q]
+                    b_s[q] = b_Q[q]
                 for q, t in T.Parallel(rows, bt):
                     z_s[q, t] = z[q, t]
                 # sigmoid' = sigmoid (1 - sigmoid)
-                for q, t in T.Parallel(gates, bt):
-                    h = ab_s[T.min(q // n, 1)] * T.if_then_else(z_s[M, t] > 0, z_s[q, t] * z_s[M, t], 0.0) + ab_s[3 + q]
-                    if q < 2 * n:
-                        d_s[3 + q, t] = dH[q, t] * sigmoid(h) * (1.0 - sigmoid(h))
+                for i, t in T.Parallel(gates, bt):
+                    if i < n:
+                        h = alpha_s[0] * T.if_then_else(z_s[M, t] > 0, z_s[i, t] * z_s[M, t], 0.0) + b_s[i]
+                        d_s[3 + i, t] = T.if_then_else(t0 + t < T_, dpre[i, t], 0.0) * sigmoid(h) * (1.0 - sigmoid(h))
+                for i, t in T.Parallel(gates, bt):
+                    if i < n:
+                        h = alpha_s[1] * T.if_then_else(z_s[M, t] > 0, z_s[n + i, t] * z_s[M, t], 0.0) + b_s[n + i]
+                        dh = T.if_then_else(t0 + t < T_, post_mult * dpost[i, t], 0.0) * sigmoid(h) * (1.0 - sigmoid(h))
+                        d_s[3 + n + i, t] = dh
                 if iters == 0:
                     for q, t in T.Parallel(n * n, bt):
                         d_s[3 + 2 * n + q, t] = 0.0
@@ -232,26 +246,26 @@ def build_bwd(p, cfg):
                     dc = T.alloc_fragment((bt, n), ACC)
                     dr_inv = T.alloc_fragment((bt, n), ACC)
                     dc_inv = T.alloc_fragment((bt, n), ACC)
-                    r_s = T.alloc_shared((iters, bt, n), ACC)
-                    c_s = T.alloc_shared((iters, bt, n), ACC)
+                    r_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
+                    c_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
                     vectors = (r, c, r_inv, c_inv, dr, dc, dr_inv, dc_inv)
                     T.annotate_layout(
                         {**{v: token_matrix(bt, n) for v in (m, dm, prod)}, **{v: token_vector(bt, n) for v in vectors}}
                     )
                     for t, i, j in T.Parallel(bt, n, n):
                         q = 2 * n + (i * n + j if rows_first else j * n + i)
-                        m[t, i, j] = ab_s[2] * T.if_then_else(z_s[M, t] > 0, z_s[q, t] * z_s[M, t], 0.0) + ab_s[3 + q]
+                        m[t, i, j] = alpha_s[2] * T.if_then_else(z_s[M, t] > 0, z_s[q, t] * z_s[M, t], 0.0) + b_s[q]
                     softmax_columns(m, c, bt, n, eps)
                     for v in (r, c, r_inv, c_inv):
                         T.fill(v, 1.0)
-                    for it in T.serial(iters):
-                        if it > 0:
-                            scale_columns(m, r, c, c_inv, bt, n, eps)
-                        scale_rows(m, c, r, r_inv, bt, n, eps)
+                    scale_rows(m, c, r, r_inv, bt, n, eps)
+                    for it in T.serial(iters - 1):
                         for t, i in T.Parallel(bt, n):
                             r_s[it, t, i] = r[t, i]
                         for t, j in T.Parallel(bt, n):
                             c_s[it, t, j] = c[t, j]
+                        scale_columns(m, r, c, c_inv, bt, n, eps)
+                        scale_rows(m, c, r, r_inv, bt, n, eps)
                     # H = r m c
                     for t, i, j in T.Parallel(bt, n, n):
                         prod[t, i, j] = dm[t, i, j] * m[t, i, j] * c[t, j]
@@ -298,7 +312,7 @@ def build_bwd(p, cfg):
                 # dz = dh alpha/r
                 for q, t in T.Parallel(rows, bt):
                     if q < M and t0 + t < T_:
-                        dzs[q, t0 + t] = d_s[3 + q, t] * ab_s[T.min(q // n, 2)] * z_s[M, t]
+                        dzs[q, t0 + t] = d_s[3 + q, t] * alpha_s[T.min(q // n, 2)] * z_s[M, t]
                 # dalpha = sum dh z/r, d(1/r) = sum alpha dh z; rows whose norm overflowed have no gradient through z
                 T.clear(drinv)
                 for g in T.unroll(3):
@@ -308,7 +322,7 @@ def build_bwd(p, cfg):
                             dot[t] += d_s[3 + g * n + q, t] * z_s[g * n + q, t]
                     for t in T.Parallel(bt):
                         dot[t] = T.if_then_else(z_s[M, t] > 0, dot[t], 0.0)
-                        drinv[t] += ab_s[g] * dot[t]
+                        drinv[t] += alpha_s[g] * dot[t]
                         d_s[g, t] = dot[t] * z_s[M, t]
                 for t in T.Parallel(bt):
                     if t0 + t < T_:
@@ -323,6 +337,20 @@ def build_bwd(p, cfg):
     return coefficients_bwd
 
 
+def _invalid(p, cfg):
+    if cfg["block_T"] % 32 or cfg["threads"] % cfg["block_T"]:
+        return f"block_T={cfg['block_T']}, threads={cfg['threads']}: wanted a multiple of 32 tokens, and a multiple of that in threads"
+    return None
+
+
+def _invalid_bwd(p, cfg):
+    scalings = 2 * (p.option("iters") - 1) * p.n
+    kib = cfg["block_T"] * 4 * (scalings + rows_of(p.M + 1, cfg) + rows_of(p.M + 1, cfg) + 3) / 1024
+    if kib > 96:  # what every target from sm_80 on has
+        return f"block_T={cfg['block_T']}: {kib:.0f} KiB of shared memory, wanted at most 96"
+    return _invalid(p, cfg)
+
+
 OPTIONS = {"post_mult": 2.0, "iters": 20, "eps": 1e-6, "order": "columns_first"}
 
 coefficients = Kernel(
@@ -332,7 +360,7 @@ coefficients = Kernel(
     outputs=(Tensor("H_pre", "T n"), Tensor("H_post", "T n"), Tensor("H_res", "T n n"), Tensor("zs", "Q T")),
     space=lambda p: {"block_T": (32, 64), "threads": (32, 64, 128, 256)},
     default=lambda p: {"block_T": 32, "threads": 128},
-    invalid=lambda p, cfg: None,
+    invalid=_invalid,
     reference=reference.coefficients,
     options={"norm_eps": 1e-6, "pre_eps": 1e-6, **OPTIONS},
     pass_configs=lambda cfg: {"tl.enable_fast_math": True},
@@ -352,7 +380,7 @@ coefficients_bwd = Kernel(
     outputs=(Tensor("dzs", "Q T"), Tensor("dab", "S M+3", split=True)),
     space=lambda p: {"block_T": (32, 64), "threads": (32, 64, 128, 256), "splits": (64, 128, 256, 512, 1024)},
     default=lambda p: {"block_T": 32, "threads": 128, "splits": 256},
-    invalid=lambda p, cfg: None,
+    invalid=_invalid_bwd,
     reference=reference.coefficients_bwd,
     options=OPTIONS,
     pass_configs=lambda cfg: {"tl.enable_fast_math": True},

@@ -41,6 +41,8 @@ def check(name, device, n, C, dtype="bfloat16", tokens=TOKENS, cfg=None, **optio
     for seed, T in enumerate(tokens):
         inputs = make_inputs(run.kernel, run.p, T, seed, device)
         gate.check(run, Case(T, inputs, reference_fp64(run.kernel, run.p, inputs)))
+    if not any("T" in tensor.dims.split() for tensor in run.kernel.inputs):
+        return  # a second stage sees no tokens
     for tensor, out in zip(run.kernel.outputs, run(*make_inputs(run.kernel, run.p, 0, 0, device)), strict=True):
         assert out.shape == tensor.shape(run.p, 0, run.cfg.get("splits", 1)), tensor.name
         assert not out.any(), tensor.name
