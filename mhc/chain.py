@@ -36,7 +36,7 @@ def chain(x: torch.Tensor, blocks: Iterable[Block]) -> torch.Tensor:
     To recompute activations sublayer by sublayer, write the loop and checkpoint its body, whose inputs u and ctx then are what is kept:
 
         u, ctx = connections[0].pre(x)
-        for layer, following in zip(layers, connections[1:]):
+        for layer, following in zip(layers[:-1], connections[1:]):
             body = lambda u, ctx, layer=layer, following=following: following.cross(layer(u), ctx)
             u, ctx = torch.utils.checkpoint.checkpoint(body, u, ctx, use_reentrant=False)
         x = connections[-1].post(layers[-1](u), ctx)

@@ -25,9 +25,9 @@ INIT_ALPHA = 0.01
 class Context(NamedTuple):
     """What :meth:`HyperConnection.pre` keeps for :meth:`HyperConnection.post`: the flattened streams and their coefficients.
 
-    Read what you like and pass it on as it is. With a ticket (:mod:`mhc.fused`; None on the path of single steps) ``x`` is detached, for its
-    gradient comes by the ticket: another x or H_res put beside it would get wrong gradients. Where something else wants a gradient of the
-    streams, an auxiliary loss say, end the chain there with ``post`` and start anew with ``pre``.
+    Read what you like and pass it on as it is. With a ticket (:mod:`mhc.fused`; None on the path of single steps) ``x`` is detached, for
+    its gradient comes by the ticket: another x or H_res put beside it would get wrong gradients. Where something else wants a gradient
+    of the streams, an auxiliary loss say, end the chain there with ``post`` and start anew with ``pre``.
     """
 
     x: torch.Tensor  # [T, n, dim]

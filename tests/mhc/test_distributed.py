@@ -14,17 +14,20 @@ DIM, N, TOKENS = 16, 4, 12
 
 
 class Block(nn.Module):
-    """One boundary through pre() and post(), as a model uses it."""
+    """Two connections through pre(), cross() and post(), as a model uses them."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.hc = mhc.HyperConnection(DIM, N)
         self.layer = nn.Linear(DIM, DIM)
+        self.hc2 = mhc.HyperConnection(DIM, N)
+        self.layer2 = nn.Linear(DIM, DIM)
 
     def forward(self, x):
         u, ctx = self.hc.pre(x)
-        return self.hc.post(self.layer(u), ctx)
+        u, ctx = self.hc2.cross(self.layer(u), ctx)
+        return self.hc2.post(self.layer2(u), ctx)
 
 
 def data():
@@ -58,9 +61,10 @@ def _worker(rank, port, kind):
             else:
                 mesh = init_device_mesh("cpu", (2,))
                 # its own group without a cast: coefficients stay float32 while the rest of the model computes in bfloat16
-                fully_shard(model.hc, mesh=mesh)
-                register_fsdp_forward_method(model.hc, "pre")
-                register_fsdp_forward_method(model.hc, "post")
+                for hc in (model.hc, model.hc2):
+                    fully_shard(hc, mesh=mesh)
+                    for method in ("pre", "cross", "post"):
+                        register_fsdp_forward_method(hc, method)
                 low = kind == "fsdp2-bfloat16"
                 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low else None, cast_forward_inputs=low)
                 wrapped = fully_shard(model, mesh=mesh, mp_policy=policy)

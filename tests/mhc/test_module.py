@@ -34,9 +34,10 @@ def reference_block(hc, x, layer, fn, base, scale):
     return reference.post_res(x, layer(reference.pre(x, H_pre)), H_post, H_res)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "steps"])
 @pytest.mark.parametrize("n", [1, 2, 4, 7])
-def test_block_and_gradients_match_the_reference(n, device):
-    hc = trained(32, n, sinkhorn_iters=5).to(device)
+def test_block_and_gradients_match_the_reference(n, fused, device):
+    hc = trained(32, n, sinkhorn_iters=5, fused=fused).to(device)
     hc.layer = lambda u: torch.tanh(u)
     x = torch.randn(2, 3, n, 32, device=device, requires_grad=True)
     y = hc(x)
@@ -81,8 +82,9 @@ def test_coefficients_are_on_the_manifold(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["zeros", "huge", "one huge token", "sharp logits"])
-def test_extreme_inputs_stay_finite(case, dtype, device):
-    hc = trained(32, 4, torch.tanh, sinkhorn_iters=20).to(device)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "steps"])
+def test_extreme_inputs_stay_finite(fused, case, dtype, device):
+    hc = trained(32, 4, torch.tanh, sinkhorn_iters=20, fused=fused).to(device)
     x = torch.randn(6, 4, 32)
     if case == "zeros":
         x.zero_()
@@ -207,8 +209,9 @@ def test_autocast(device):
 
 @pytest.mark.usefixtures("reference_backend")
 class TestOptions:
-    def test_no_residual_mixing(self):
-        hc = trained(32, 4, nn.Linear(32, 32), residual_mixing=False)
+    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "steps"])
+    def test_no_residual_mixing(self, fused):
+        hc = trained(32, 4, nn.Linear(32, 32), residual_mixing=False, fused=fused)
         x = torch.randn(5, 4, 32)
         H_pre, H_post, H_res = hc.coefficients(x)
         assert torch.equal(H_res, torch.eye(4).expand(5, 4, 4))
@@ -219,6 +222,15 @@ class TestOptions:
         assert hc.fn.grad[8:].abs().max() == 0
         assert hc.fn.grad[:8].abs().max() > 0
         trained().load_state_dict({k: v for k, v in hc.state_dict().items() if "layer" not in k})
+
+    def test_the_fused_path_takes_the_options_too(self):
+        x = torch.randn(5, 4, 32)
+        options = {"sinkhorn_iters": 3, "norm_eps": 1e-2, "pre_eps": 0.1, "sinkhorn_eps": 1e-2, "post_mult": 3.0, "order": "rows_first"}
+        hc = trained(**options)
+        H_pre, H_post, H_res = hc.coefficients(x)
+        u, ctx = hc.pre(x)
+        for got, want in ((u, reference.pre(x, H_pre)), (ctx.H_post, H_post), (ctx.H_res, H_res)):
+            torch.testing.assert_close(got, want)
 
     def test_order_iterations_and_epsilons_reach_the_kernels(self):
         x = torch.randn(5, 4, 32)
@@ -274,6 +286,8 @@ class TestOptions:
     def test_repr_names_what_matters(self):
         assert "dim=32, n=4, sinkhorn_iters=20, order=columns_first" in repr(mhc.HyperConnection(32))
         assert "residual_mixing=False" in repr(mhc.HyperConnection(32, residual_mixing=False))
+        assert "fused" not in repr(mhc.HyperConnection(32))
+        assert "fused=False" in repr(mhc.HyperConnection(32, fused=False))
 
     def test_deepcopy_and_state_dict(self):
         hc = trained(32, 4, nn.Linear(32, 32))
