@@ -245,26 +245,26 @@ def _register_autograd(name: str) -> Callable[..., Any]:
     function, run, below = _FUNCTIONS[name], _IMPLEMENTATIONS[name], _BELOW[name]
     op, count, defaults = getattr(torch.ops.mhc, name).default, len(forward.inputs), tuple(forward.options.values())
     every = count + len(defaults)
-    differentiable = torch._C._any_requires_grad
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         args = (*args, *defaults[len(args) - count :])  # the dispatcher leaves out trailing options that equal their default
-        if torch.is_grad_enabled() and differentiable(*args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(keyset, *args)
         return below(keyset, args)
 
     register_autograd(forward, kernel)
     register_no_double_backward(backward, _BELOW[backward.name])
 
+    # the C function below Function.apply, which first looks at every argument for functorch's sake
+    apply = super(torch.autograd.Function, function).apply
+
     def call(*args: Any) -> Any:
-        tensors = args[:count]
-        if torch.compiler.is_compiling() or not nobody_else_dispatches(tensors):
+        if torch.compiler.is_compiling() or not nobody_else_dispatches(args[:count]):
             return op(*args)
         if len(args) < every:
             args = (*args, *defaults[len(args) - count :])
-        if torch.is_grad_enabled() and differentiable(*tensors):
-            return function.apply(None, *args)
-        return run(*args)
+        # whether any of them requires a gradient, apply finds out as fast
+        return apply(None, *args) if torch.is_grad_enabled() else run(*args)
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"``torch.ops.mhc.{forward.schema}``; see :mod:`mhc.fused`."

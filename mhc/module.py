@@ -208,10 +208,11 @@ class HyperConnection(Float32Parameters):
     def _layer_output(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
         """f [..., dim] -> [T, dim] in the streams' dtype. Raises ValueError naming f."""
         T = ctx.x.shape[0]
+        if f.shape == (T, self.dim) and f.dtype is ctx.x.dtype:
+            return f
         if f.shape[-1:] != (self.dim,) or f.numel() != T * self.dim:
             raise ValueError(f"f: got shape {tuple(f.shape)}, wanted [..., dim={self.dim}] with {T} tokens, as u from pre()")
-        f_TC = f if f.dim() == 2 else f.reshape(T, self.dim)
-        return f_TC if f_TC.dtype is ctx.x.dtype else f_TC.to(ctx.x.dtype)
+        return f.reshape(T, self.dim).to(ctx.x.dtype)
 
     def post(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Layer output f [..., dim] -> new streams [..., n, dim]. f is cast to the streams' dtype first, as under autocast."""
@@ -228,7 +229,8 @@ class HyperConnection(Float32Parameters):
         ctx is the previous connection's, of as many streams and channels as this one; its other options may differ. The streams in
         between are ``x`` of the Context that comes back, without gradient.
         """
-        if ctx.x.shape[1:] != (self.n, self.dim):
+        _, n, dim = ctx.x.shape
+        if n != self.n or dim != self.dim:
             raise ValueError(f"ctx: got streams of shape {tuple(ctx.x.shape)}, wanted [T, n={self.n}, dim={self.dim}]")
         if not self.fused or ctx.ticket is None:
             return self.pre(self.post(f, ctx))
