@@ -174,17 +174,19 @@ def take_rounds(entrants: Sequence[Sampled], rounds: int, seconds: float, tick: 
     for entrant in entrants:
         entrant.sample()
     start, made = time.monotonic(), 0
-    while made < rounds and (made < LEAST_ROUNDS or time.monotonic() - start < seconds):
-        for k in range(len(entrants)):
-            which = (made + k) % len(entrants)
-            for key, us in entrants[which].sample().items():
-                taken[which].setdefault(key, []).append(us)
-        made += 1
-        tick()
-    for entrant, columns in zip(entrants, taken, strict=True):
-        for key, samples in columns.items():
-            low, high = median_interval(samples)
-            entrant.row["times"][key] = {"us": median(samples), "lo": low, "hi": high, "samples": len(samples)}
+    try:
+        while made < rounds and (made < LEAST_ROUNDS or time.monotonic() - start < seconds):
+            for k in range(len(entrants)):
+                which = (made + k) % len(entrants)
+                for key, us in entrants[which].sample().items():
+                    taken[which].setdefault(key, []).append(us)
+            made += 1
+            tick()
+    finally:  # after Ctrl-C too
+        for entrant, columns in zip(entrants, taken, strict=True):
+            for key, samples in columns.items():
+                low, high = median_interval(samples)
+                entrant.row["times"][key] = {"us": median(samples), "lo": low, "hi": high, "samples": len(samples)}
     return made
 
 
@@ -274,10 +276,14 @@ class Team:
         remote = [key for key in queues if key[0]]
         with ThreadPoolExecutor(max(1, len(remote))) as pool:
             waiting = [pool.submit(drain, key) for key in remote]
-            if ("", -1) in queues:
-                drain(("", -1))
-            for future in waiting:
-                future.result()
+            try:
+                if ("", -1) in queues:
+                    drain(("", -1))
+                for future in waiting:
+                    future.result()
+            except BaseException:
+                self.kill()  # so that nobody waits for them
+                raise
         release(everything=False)
         entrants = [found[i] for i in range(len(specs))]
         for entrant in entrants:
@@ -299,6 +305,10 @@ class Team:
     def versions(self) -> dict[str, Any]:
         """Python and torch of the rivals that have an environment of their own."""
         return {name: w.versions for (name, _), w in self._workers.items() if find_env(name, self.plan.envs) is not None and w.versions}
+
+    def kill(self) -> None:
+        for worker in list(self._workers.values()):
+            worker.kill()
 
     def close(self) -> None:
         for worker in self._workers.values():
@@ -354,6 +364,7 @@ class Bench:
             self.result["seconds"] = round(time.monotonic() - start, 1)
             self.team.close()
             self.write()
+            self._chart()
 
     def _compile(self) -> None:
         programs = []
@@ -363,8 +374,12 @@ class Bench:
         jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(1) as beside:
             rivals = beside.submit(self.team.start, self.display.tick)
-            compile_ahead(programs, self.plan.device, jobs, self.display.tick)
-            rivals.result()
+            try:
+                compile_ahead(programs, self.plan.device, jobs, self.display.tick)
+                rivals.result()
+            except BaseException:
+                self.team.kill()
+                raise
         self.result["rival_versions"] = self.team.versions()
 
     def _needs_ours(self, shape: Shape) -> bool:
@@ -378,23 +393,29 @@ class Bench:
         specs = self.team.specs(place)
         self.display.stage(f"{shape}: boundaries", len(specs) + plan.rounds)
         entrants = self.team.open(specs, place, self.display.tick)
+        copy = _Copy(self.clock)
         try:
-            copy = _Copy(self.clock)
-            entry["rounds"] = take_rounds([copy, *entrants], plan.rounds, plan.seconds, self.display.tick)
+            take_rounds([copy, *entrants], plan.rounds, plan.seconds, self.display.tick)
         finally:
+            if "copy" in copy.row["times"]:
+                self._store(entry, shape, copy, self._rows(entrants))
             for entrant in entrants:
                 entrant.close()
-        entry["copy_gbps"] = copy.moved / copy.row["times"]["copy"]["us"] / 1e3
-        entry["floor_us"] = {p: shape.floor_units[p] * unit / entry["copy_gbps"] / 1e3 for p in PASSES}
-        entry["rows"] = self._rows(entrants)
-        for row in entry["rows"]:
-            for key, sample in row["times"].items():
-                sample["share"] = entry["floor_us"][key.rpartition("_")[0]] / sample["us"]
-        _compare_inputs(entry["rows"])
-        self.result["shapes"].append(entry)
         del copy, entrants
         release()
         self.write()
+
+    def _store(self, entry: dict[str, Any], shape: Shape, copy: _Copy, rows: list[dict[str, Any]]) -> None:
+        """The table of one shape, also of rounds that were interrupted."""
+        entry["rounds"] = copy.row["times"]["copy"]["samples"]
+        entry["copy_gbps"] = copy.moved / copy.row["times"]["copy"]["us"] / 1e3
+        entry["floor_us"] = {p: shape.floor_units[p] * entry["unit_bytes"] / entry["copy_gbps"] / 1e3 for p in PASSES}
+        entry["rows"] = rows
+        for row in rows:
+            for key, sample in row["times"].items():
+                sample["share"] = entry["floor_us"][key.rpartition("_")[0]] / sample["us"]
+        _compare_inputs(rows)
+        self.result["shapes"].append(entry)
 
     def _rows(self, entrants: Sequence[Entrant | RemoteEntrant]) -> list[dict[str, Any]]:
         """The entrants' rows; of a rival that is not installed none, unless it was asked for by name."""
@@ -433,8 +454,9 @@ class Bench:
             return
         shape = self.plan.shapes[place]
         self.display.stage(f"{shape}: kernels", len(KERNELS))
+        copying = self.clock.copy_call()
         for name in KERNELS:
-            self.result["shapes"][place]["kernels"] += bench_kernel(name, shape, self.request.dtype, self.plan.rounds, self.clock)
+            self.result["shapes"][place]["kernels"] += bench_kernel(name, shape, self.request.dtype, self.plan.rounds, self.clock, copying)
             release()
             self.display.tick(name)
         self.write()
@@ -444,7 +466,7 @@ class Bench:
         if self.plan.device.type != "cuda":
             return
         for place, shape in enumerate(self.plan.shapes):
-            specs = [replace(s, graphs=False) for s in self.team.specs(place)]
+            specs = [replace(s, timed=False) for s in self.team.specs(place)]
             self.display.stage(f"{shape}: launches", len(specs))
             for spec, entrant in zip(specs, self.team.open(specs, place, self.display.tick), strict=True):
                 rows = self.result["shapes"][place]["rows"]
@@ -461,11 +483,12 @@ class Bench:
             temporary = out / f".{name}.tmp"
             temporary.write_text(text)
             os.replace(temporary, out / name)
-        if not self.result["complete"]:
-            return
         (out / "bench.png").unlink(missing_ok=True)  # never an old picture beside new numbers
+
+    def _chart(self) -> None:
         try:
-            chart(self.result, out / "bench.png")
+            if self.result["shapes"]:
+                chart(self.result, self.plan.out / "bench.png")
         except ModuleNotFoundError as error:
             self.display.note(f"no chart: {error}; pip install matplotlib")
 

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from tl_kernels import reference
 from tuner.errors import TuneError
-from tuner.gate import CHUNK_BYTES, relative_error
+from tuner.gate import relative_error
 
 GRADIENTS = ("x", "fn", "base", "scale")
 PASSES = ("forward", "forward_backward")
+
+#: Bytes of float64 that one chunk of the answer may take; several rivals may ask for theirs at once.
+CHUNK_BYTES = 1 << 30
 
 #: Largest relative error against float64 that still counts as the same function.
 TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 2e-3}
@@ -135,19 +138,20 @@ def expected(
         parameters.append([t.double().detach().requires_grad_() for t in (fn, case.base, case.scale)])
     totals = [[torch.zeros_like(t) for t in layer] for layer in parameters]
     rows = max(1, min(T, CHUNK_BYTES // (len(cases) * 10 * n * C * 8)))  # about ten [T,n,C] a layer are kept for the backward
-    y_parts, dx_parts = [], []
+    all_y = torch.empty((T, n, C), dtype=torch.float64, device=first.x.device)
+    all_dx = torch.empty_like(all_y)
     for start in range(0, T, rows):
-        x = y = first.x[start : start + rows].double().requires_grad_()
+        here = slice(start, start + rows)
+        x = y = first.x[here].double().requires_grad_()
         for fn, base, scale in parameters:
             y = plain_boundary(y, fn, base, scale, order)
         leaves = [x, *(t for layer in parameters for t in layer)]
-        dx, *grads = torch.autograd.grad(y, leaves, first.dy[start : start + rows].double())
-        y_parts.append(y.detach())
-        dx_parts.append(dx)
+        all_dx[here], *grads = torch.autograd.grad(y, leaves, first.dy[here].double())
+        all_y[here] = y.detach()
         for total, grad in zip((t for layer in totals for t in layer), grads, strict=True):
             total += grad
     per_layer = [dict(zip(GRADIENTS[1:], layer, strict=True)) for layer in totals]
-    return torch.cat(y_parts), torch.cat(dx_parts), per_layer
+    return all_y, all_dx, per_layer
 
 
 def finite_error(got: Tensor, want: Tensor) -> float:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +23,16 @@ from tuner.timing import Call, Clock, Timed, median, wall_us
 
 #: A sample of eager calls is about this long, and at least and at most so many calls.
 EAGER_US, EAGER_CALLS = 5000.0, (2, 10)
-#: Samples of the host's time.
-HOST_SAMPLES = 21
+#: Samples of the host's time, and the time after which those taken are enough.
+HOST_SAMPLES, HOST_US = 21, 500e3
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What an entrant is. ``chained``: the stack as one model would chain it. ``decode``: forward only."""
+    """What an entrant is. ``chained``: the stack as one model would chain it. ``decode``: forward only.
+
+    ``timed``: False only builds it and runs it once, to compile what it needs or to count its launches.
+    """
 
     rival: str
     T: int
@@ -41,7 +43,7 @@ class Spec:
     layers: int = 1
     chained: bool = False
     decode: bool = False
-    graphs: bool = True
+    timed: bool = True
 
     def cases(self, device: torch.device) -> list[Case]:
         """The boundaries it is made of; the same numbers for every rival."""
@@ -78,6 +80,7 @@ def release(everything: bool = True) -> None:
     _answer.cache_clear()
     if everything:
         _cases.cache_clear()
+        _pool.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -172,8 +175,8 @@ def _chain(of: Rival, cases: list[Case]) -> Stack:
 def capture(call: Callable[[], Any]) -> tuple[Call, Any]:
     """CUDA graph of a call whose inputs stay where they are: its replay, and the tensors a replay fills.
 
-    All graphs of the process share one memory pool: they are replayed one at a time and their results are not kept, and the sum of what
-    every pass of every rival needs would not fit.
+    All graphs of a stage share one memory pool: they are replayed one at a time and their results are not kept, and the sum of what every
+    pass of every rival needs would not fit.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -183,14 +186,20 @@ def capture(call: Callable[[], Any]) -> tuple[Call, Any]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph, pool=_pool()[0]):
         out = call()
     return graph.replay, out
 
 
 @functools.cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+def _pool() -> tuple[Any, object]:
+    """The pool of this stage's graphs, and a graph that keeps it alive: a pool that lost its last graph must not be used again."""
+    handle, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    number = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, pool=handle):
+        number.add_(1)
+    return handle, (graph, number)
 
 
 def peak_mib(call: Call, device: torch.device) -> float | None:
@@ -221,7 +230,7 @@ class Entrant:
         self.calls: dict[str, Timed] = {}
         self.row = empty_row(spec)
         self._stack: Stack | None = None
-        self._costly = False
+        self._costly = self._sampled = False
         try:
             of = of or rival(spec.rival)
             self._costly = of.costly
@@ -231,8 +240,12 @@ class Entrant:
             self._stack = build(of, cases, spec.chained)
             if not spec.decode and self._stack.forward_backward is None:
                 self.row["note"] = "; ".join(filter(None, (of.note, "forward only")))
-            self._check(of, self._stack, cases[0])
-            self._prepare(self._stack)
+            if spec.timed:
+                self._check(of, self._stack, cases[0])
+                self._prepare(self._stack)
+            else:
+                for call in self._passes(self._stack).values():
+                    call()
         except ImportError as error:
             self.row["missing"] = one_line(error)
         except Exception as error:  # a rival that fails is a row, not the end of the run
@@ -270,16 +283,9 @@ class Entrant:
         passes = self._passes(stack)
         for name, call in passes.items():
             call()
-            if cuda:
-                torch.cuda.synchronize(device)
-                start = time.perf_counter()
-                call()
-                torch.cuda.synchronize(device)
-                least, most = EAGER_CALLS
-                count = max(least, min(most, int(EAGER_US / max(1.0, (time.perf_counter() - start) * 1e6))))
-            self.calls[f"{name}_eager"] = Timed(call, count if cuda else 1, eager=True)
+            self.calls[f"{name}_eager"] = Timed(call, EAGER_CALLS[0] if cuda else 1, eager=True)
         self.row["peak_mib"] = peak_mib(passes[PASSES[1] if PASSES[1] in passes else PASSES[0]], device)
-        for name, call in passes.items() if cuda and self.spec.graphs else ():
+        for name, call in passes.items() if cuda else ():
             try:
                 eager = call()
                 replay, out = capture(call)
@@ -293,8 +299,14 @@ class Entrant:
                 self.row["failures"].append(f"{name}, graph capture: {one_line(error)}")
 
     def sample(self) -> dict[str, float]:
-        """One sample of every call, in us a boundary."""
+        """One sample of every call, in us a boundary. The first one also decides how many eager calls the others have."""
         (samples,) = self.clock.interleaved(list(self.calls.values()), 1)
+        if not self._sampled and self.clock.device.type == "cuda":
+            for (key, timed), us in zip(list(self.calls.items()), samples, strict=True):
+                if timed.eager:
+                    least, most = EAGER_CALLS
+                    self.calls[key] = replace(timed, count=max(least, min(most, int(EAGER_US / us))))
+        self._sampled = True
         return {key: us / self.spec.layers for key, us in zip(self.calls, samples, strict=True)}
 
     def host(self) -> dict[str, float]:
@@ -309,8 +321,8 @@ class Entrant:
 
     def _host(self, call: Callable[[], object]) -> float:
         call()
-        taken = []
-        for _ in range(HOST_SAMPLES):
+        taken: list[float] = []
+        while len(taken) < HOST_SAMPLES and sum(taken) * self.spec.layers < HOST_US:
             if self.clock.device.type == "cuda":
                 torch.cuda.synchronize(self.clock.device)
             taken.append(wall_us(call) / self.spec.layers)

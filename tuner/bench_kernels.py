@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mhc import profile
+from mhc import backend, profile
 from tl_kernels import KERNELS
 from tl_kernels.launch import compile_kernel, device_arch, get_launcher
 from tl_kernels.spec import Config, Kernel, Problem
@@ -21,7 +21,8 @@ from tuner.compile_job import lowered_shared_bytes
 from tuner.cubin import Resources, blocks_per_sm, find_kernels, occupancy
 from tuner.errors import one_line
 from tuner.inputs import make_inputs
-from tuner.timing import Clock, Timed, median, median_interval
+from tuner.measure_job import run_reference
+from tuner.timing import Call, Clock, Timed, median, median_interval
 
 #: Most launches in one sample.
 MOST_LAUNCHES = 32
@@ -33,30 +34,55 @@ def choices(shape: Shape, dtype: str, tokens: Iterable[int], device: torch.devic
     for name, kernel in KERNELS.items():
         p = kernel.problem(shape.n, shape.C, dtype)
         served = [profile.choose(name, p, T, device) for T in (shape.T, *tokens)]
-        configs = [c.config for c in served if c.impl == "tilelang" or device.type == "cuda"]
+        configs = [c.config for c in served if not _by_pytorch(c.impl, device)]
         for config in configs + ([kernel.default(p)] if device.type == "cuda" else []):
             found.setdefault((name, p, tuple(sorted(config.items()))), (kernel, p, config))
     return list(found.values())
 
 
+def _by_pytorch(impl: str, device: torch.device) -> bool:
+    """Whether the PyTorch reference serves: on the CPU, where the profile or MHC_BACKEND says so."""
+    return device.type == "cpu" and (impl == "reference" or not backend.serves_tilelang(backend.current(), device))
+
+
 def compile_ahead(programs: Sequence[tuple[Kernel, Problem, Config]], device: torch.device, jobs: int, tick: Callable[[str], None]) -> None:
     """Compile beside each other what will be timed. A program that does not compile says so later, where it is used."""
+    arch = device_arch(device)
 
     def one(program: tuple[Kernel, Problem, Config]) -> str:
         kernel, p, config = program
         try:
-            get_launcher(kernel, p, config, device_arch(device))
+            get_launcher(kernel, p, config, arch)
+            if arch != "cpu":
+                resources(kernel, p, config, arch)
         except Exception:  # it comes up again, in the row of who uses it
             pass
         return kernel.name
 
     with ThreadPoolExecutor(jobs) as pool:
-        for name in pool.map(one, programs):
-            tick(f"compiled {name}")
+        try:
+            for name in pool.map(one, programs):
+                tick(f"compiled {name}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_RESOURCES: dict[Any, dict[str, Any]] = {}
 
 
 def resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
-    """Registers, stack and threads from the compiled image, dynamic shared memory from lowering once more, and the occupancy of both."""
+    """Registers, stack and threads from the compiled image, dynamic shared memory from lowering once more, and the occupancy of both.
+
+    Kept: lowering takes a second, and is done beside others.
+    """
+    key = (kernel, p, tuple(sorted(config.items())), arch)
+    if key not in _RESOURCES:
+        _RESOURCES[key] = _resources(kernel, p, config, arch)
+    return _RESOURCES[key]
+
+
+def _resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
     jit = get_launcher(kernel, p, config, arch).jit
     folder = getattr(jit, "_tilelang_cache_path", None)
     if folder is not None:
@@ -81,14 +107,14 @@ def _summary(r: Resources, arch: str, shared: int) -> dict[str, Any]:
     return found
 
 
-def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    """Lines for the program that the profile serves and, where it is another one, the default; interleaved with a copy."""
+def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock, copying: tuple[Call, int]) -> list[dict[str, Any]]:
+    """Lines for the program that the profile serves and, where it is another one, the default; interleaved with a copy and its bytes."""
     kernel, device = KERNELS[name], clock.device
     p = kernel.problem(shape.n, shape.C, dtype)
     nbytes = kernel.bytes_moved(p, shape.T)
     rows: list[dict[str, Any]] = []
     calls: list[Timed] = []
-    copy, copied = clock.copy_call()
+    copy, copied = copying
     launches = max(1, min(MOST_LAUNCHES, math.ceil(copied / nbytes))) if device.type == "cuda" else 1
     try:
         choice = profile.choose(name, p, shape.T, device)
@@ -131,8 +157,8 @@ def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock)
 
 def _call(kernel: Kernel, p: Problem, config: Config, impl: str, sets: list[tuple[torch.Tensor, ...]], device: torch.device) -> Timed:
     run: Callable[..., object]
-    if impl == "reference" and device.type == "cpu":
-        run = getattr(torch.ops.mhc, kernel.name)
+    if _by_pytorch(impl, device):
+        run = lambda *inputs: run_reference(kernel.name, p, inputs)  # noqa: E731
     else:
         run = get_launcher(kernel, p, config, device_arch(device))
     # results are returned so that a graph keeps them apart

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -127,11 +128,12 @@ class RivalWorker:
         return line
 
     def _gone(self, how: str) -> WorkerGone:
-        self._kill()
+        self.kill()
         said = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
         return WorkerGone(f"its process {how}" + (f": {said[-1].strip()[:300]}" if said else ""))
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End the process; whoever waits for its answer gets a WorkerGone."""
         try:
             os.killpg(self._popen.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
@@ -145,10 +147,11 @@ class RivalWorker:
         self.call("warm", OPEN_S * max(1, len(specs)), specs=[asdict(s) for s in specs])
 
     def close(self) -> None:
-        self._kill()
+        self.kill()
         for stream in (self._popen.stdin, self._popen.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what it did not read any more
+                    stream.close()
         self._folder.cleanup()
 
 
@@ -194,6 +197,7 @@ class RemoteEntrant:
         return self._ask("launches") if self.keys else {}
 
     def close(self) -> None:
-        if self.keys:
-            self._ask("close")
+        if self._worker is not None:
+            with contextlib.suppress(WorkerGone, RuntimeError):  # what matters is in the row already
+                self._worker.call("close", id=self._id)
         self.keys = []

@@ -32,7 +32,7 @@ class Worker:
     def warm(self, specs: list[dict[str, Any]]) -> None:
         """Compile what these need; nothing is kept but the compiled code."""
         for spec in specs:
-            Entrant(Spec(**{**spec, "graphs": False}), self.clock).close()
+            Entrant(Spec(**{**spec, "timed": False}), self.clock).close()
             release()
 
     def open(self, id: int, spec: dict[str, Any]) -> dict[str, Any]:

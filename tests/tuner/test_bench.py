@@ -1,72 +1,96 @@
-"""tuner/bench.py: same function before same clock, failures as rows, tables that add up."""
+"""tuner/bench.py: one run from request to files, on the CPU; what the user can mend; Ctrl-C; rounds."""
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
 import sys
 from dataclasses import replace
-from types import ModuleType
+from pathlib import Path
 
 import pytest
 import torch
 
-from tl_kernels import KERNELS, reference
-from tuner import bench
-from tuner.bench_rivals import GRADIENTS, RIVALS, Case, Rival, expected, plain_boundary
+from mhc import use_backend
+from tl_kernels import KERNELS
+from tuner import bench as module
+from tuner import bench_entrant, bench_kernels
+from tuner.bench import BenchRequest, bench, make_plan, take_rounds
+from tuner.bench_case import GRADIENTS, Case, Shape
+from tuner.bench_entrant import release
+from tuner.bench_rivals import RIVALS, Boundary, Rival
+from tuner.errors import INTERRUPTED, TuneError
+from tuner.timing import Clock
 
-CPU = torch.device("cpu")
-TINY = "--gpu cpu --tokens 8 --dim 32 --n 2 --rounds 3"
+TINY = BenchRequest("mhc-tune bench ...", gpu="cpu", shapes="8x2x32", rivals="ours,eager", tokens="none", rounds=3, kernels=False)
 
 
-def tiny(dtype: torch.dtype = torch.float32, n: int = 3) -> Case:
-    return Case.random(6, n, 16, dtype, CPU, seed=3)
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """Ours by the PyTorch reference: what is tested is the benchmark."""
+    with use_backend("reference"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "DECODE_LAYERS", 2)
+        yield
+    release()
 
 
-def failing(case: Case):
-    raise RuntimeError("first line\nno such function on this machine")
+def run(request: BenchRequest, out: Path) -> dict:
+    code = bench(replace(request, out=out))
+    return {"code": code, **json.loads((out / "bench.json").read_text())}
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("bench")
-    assert bench.main(f"{TINY} --rivals ours,eager --out {out}".split()) == 0
-    return {"json": json.loads((out / "boundary.json").read_text()), "md": (out / "boundary.md").read_text(), "png": out / "boundary.png"}
+    done = run(replace(TINY, shapes="8x2x32,4x4x16:ours", tokens="1,2", kernels=True, layers="1,2"), out)
+    return {"json": done, "md": (out / "bench.md").read_text(), "png": out / "bench.png"}
 
 
 def test_result_says_what_was_measured_where_and_how(result):
     data = result["json"]
+    assert data["code"] == 0
+    assert data["complete"]
     assert data["hardware"]["name"]
     assert data["versions"]["torch"] == torch.__version__
-    assert data["command"].startswith("python -m tuner.bench --gpu cpu --tokens 8")
-    assert data["method"] == "cpu"
-    assert data["case"]["dtype"] == "bfloat16"
-    assert [row["rival"] for row in data["rows"]] == ["ours", "eager"]
-    for row in data["rows"]:
-        assert row["agrees"], row["errors"]
-        assert set(row["errors"]) == {"y", *GRADIENTS}
-        assert set(row["times"]) == {"forward_eager", "forward_backward_eager"}
-        assert row["times"]["forward_eager"]["lo"] <= row["times"]["forward_eager"]["us"] <= row["times"]["forward_eager"]["hi"]
+    assert data["command"] == "mhc-tune bench ..."
+    assert (data["method"], data["dtype"]) == ("cpu", "bfloat16")
+    assert [(s["T"], s["n"], s["C"]) for s in data["shapes"]] == [(8, 2, 32), (4, 4, 16)]
     assert result["png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_are_alone_stacked_and_chained(result):
+    first, second = result["json"]["shapes"]
+    ours = [("ours", 1, False), ("ours", 2, False), ("ours", 2, True)]
+    assert [(r["rival"], r["layers"], r["chained"]) for r in first["rows"]] == [*ours, ("eager", 1, False)]
+    assert [(r["rival"], r["layers"], r["chained"]) for r in second["rows"]] == ours  # narrowed by the shape
+    for row in first["rows"]:
+        assert row["agrees"], row
+        assert set(row["errors"]) == {"y", *GRADIENTS}
+        assert set(row["times"]) == {"forward_eager", "forward_backward_eager"}
+        assert row["times"]["forward_eager"]["lo"] <= row["times"]["forward_eager"]["us"] <= row["times"]["forward_eager"]["hi"]
+        assert row["times"]["forward_eager"]["samples"] == 3
+
+
 def test_share_is_floor_over_time(result):
-    data = result["json"]
-    unit = 8 * 32 * 2
+    entry = result["json"]["shapes"][0]
     for p, units in (("forward", 6), ("forward_backward", 19)):  # 2n + 2 and 7n + 5 at n = 2
-        floor = units * unit / data["copy_gbps"] / 1e3
-        for row in data["rows"]:
+        floor = units * 8 * 32 * 2 / entry["copy_gbps"] / 1e3
+        for row in entry["rows"]:
             time = row["times"][f"{p}_eager"]
             assert time["share"] == pytest.approx(floor / time["us"])
 
 
-def test_floor_is_that_of_the_design_at_four_streams(tmp_path):
-    assert bench.main(f"{TINY.replace('--n 2', '--n 4')} --rivals eager --no-kernels --out {tmp_path}".split()) == 0
-    assert json.loads((tmp_path / "boundary.json").read_text())["case"]["floor_units"] == {"forward": 10, "forward_backward": 33}
+def test_decode_has_every_entrant_at_every_token_count(result):
+    rows = result["json"]["shapes"][0]["decode"]
+    assert {(r["rival"], r["chained"], r["T"]) for r in rows} == {
+        (*who, T) for who in (("ours", False), ("ours", True), ("eager", False)) for T in (1, 2)
+    }
+    assert all(r["agrees"] and r["times"]["forward_eager"]["us"] > 0 for r in rows)
+    assert {r["T"] for r in rows if "host_us" in r} == {2}
 
 
 def test_every_kernel_has_a_line_with_bytes_and_rate(result):
-    rows = {row["kernel"]: row for row in result["json"]["kernels"]}
+    rows = {row["kernel"]: row for row in result["json"]["shapes"][0]["kernels"]}
     assert list(rows) == list(KERNELS)
     for name, row in rows.items():
         assert row["failure"] is None, f"{name}: {row['failure']}"
@@ -76,73 +100,46 @@ def test_every_kernel_has_a_line_with_bytes_and_rate(result):
 
 
 def test_table_is_printed_last(capsys, tmp_path):
-    bench.main(f"{TINY} --rivals eager --no-kernels --out {tmp_path}".split())
-    assert capsys.readouterr().out.endswith((tmp_path / "boundary.md").read_text())
+    run(replace(TINY, rivals="eager"), tmp_path)
+    assert capsys.readouterr().out.endswith((tmp_path / "bench.md").read_text())
 
 
-@pytest.mark.parametrize("name", ["ours", "eager"])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_rivals_compute_the_boundary_of_the_specification(name, dtype, limit):
-    entrant = bench.Entrant(name, RIVALS[name], tiny(dtype))
-    assert not entrant.row["failures"]
-    assert max(entrant.row["errors"].values()) < limit
+def test_a_rival_that_is_not_installed_is_named_but_no_row(tmp_path, monkeypatch, capsys):
+    def make(case: Case) -> Boundary:
+        import no_such_package_at_all  # noqa: F401
+
+    _plant(monkeypatch, {"ours": RIVALS["ours"], "liger": Rival("Liger", make, isolated=False)})
+    data = run(replace(TINY, rivals=None, layers="1"), tmp_path)
+    assert data["code"] == 0
+    assert [row["rival"] for row in data["shapes"][0]["rows"]] == ["ours"]
+    assert list(data["missing"]) == ["liger"]
+    assert "Not installed, so not measured: liger." in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_compiled_rival_is_the_specification():
-    entrant = bench.Entrant("compile", RIVALS["compile"], tiny())
-    assert not entrant.row["failures"]
-    assert max(entrant.row["errors"].values()) < 1e-5
+def test_a_rival_asked_for_by_name_that_is_not_installed_is_a_row(tmp_path, monkeypatch, capsys):
+    def make(case: Case) -> Boundary:
+        import no_such_package_at_all  # noqa: F401
+
+    _plant(monkeypatch, {"eager": RIVALS["eager"], "liger": Rival("Liger", make, isolated=False)})
+    data = run(replace(TINY, rivals="liger,eager", layers="1"), tmp_path)
+    broken = next(row for row in data["shapes"][0]["rows"] if row["rival"] == "liger")
+    assert "not installed" in broken["failures"][0]
+    assert "| Liger | - | - |" in capsys.readouterr().out
 
 
-def test_liger_parameters_go_into_its_layout_and_back(monkeypatch):
-    # what its documentation says it computes, in PyTorch: H_res starts with rows and is stored [target, source]
-    def coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, *, allow_fp32, pre_eps):
-        assert allow_fp32
-        n = x.shape[1]
-        z, rinv = reference.project(x, phi.T)
-        scale = torch.stack([alpha_pre, alpha_post, alpha_res])
-        H_pre, H_post, h_res = reference.activate(z, rinv, scale, b, pre_eps=pre_eps)
-        assert h_res.shape[1:] == (n, n)
-        return H_pre, H_post, reference.sinkhorn(h_res.transpose(1, 2), order="rows_first")
-
-    functional = ModuleType("liger_kernel.transformers.functional")
-    functional.liger_mhc_coeffs = coeffs
-    functional.liger_mhc_pre = reference.pre
-    functional.liger_mhc_post_res = reference.post_res
-    for name in ("liger_kernel", "liger_kernel.transformers"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, functional.__name__, functional)
-    entrant = bench.Entrant("liger", RIVALS["liger"], tiny())
-    assert not entrant.row["failures"]
-    assert max(entrant.row["errors"].values()) < 1e-5
+def _plant(monkeypatch, rivals: dict[str, Rival]) -> None:
+    for where in (module, bench_entrant):
+        monkeypatch.setattr(where, "rival", lambda name: rivals[name])
+    monkeypatch.setattr(module, "rival_names", lambda: list(rivals))
 
 
-def test_sinkhorn_order_is_seen_by_the_check():
-    case = tiny()
-    case = replace(case, scale=3 * case.scale)
-    ours = expected(case, RIVALS["ours"])
-    other = expected(case, replace(RIVALS["ours"], order="rows_first"))
-    assert bench.relative_errors(other, ours)["y"] > 1e-5
-
-
-def test_a_rival_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "RIVALS", {**RIVALS, "liger": Rival("broken one", failing)})
-    assert bench.main(f"{TINY} --rivals liger,eager --no-kernels --out {tmp_path}".split()) == 0
-    broken, eager = json.loads((tmp_path / "boundary.json").read_text())["rows"]
-    assert broken["failures"] == ["RuntimeError: no such function on this machine"]
-    assert not broken["times"]
-    assert eager["times"]
-    assert "| broken one | - | - |" in capsys.readouterr().out
-
-
-def test_a_rival_that_computes_something_else_is_marked(monkeypatch, tmp_path, capsys):
-    def twice(case: Case):
+def test_ours_that_computes_something_else_is_marked_and_the_exit_code(tmp_path, monkeypatch, capsys):
+    def twice(case: Case) -> Boundary:
         boundary = RIVALS["eager"].make(case)
         return replace(boundary, forward=lambda: boundary.forward() * 2)
 
-    monkeypatch.setattr(bench, "RIVALS", {**RIVALS, "ours": Rival("ours, doubled", twice)})
-    assert bench.main(f"{TINY} --rivals ours --no-kernels --out {tmp_path}".split()) == 1
+    _plant(monkeypatch, {"ours": Rival("ours, doubled", twice, isolated=False)})
+    assert run(replace(TINY, rivals="ours", layers="1"), tmp_path)["code"] == 1
     assert "ours, doubled: DIFFERS from float64; largest relative error 1.0e+00" in capsys.readouterr().out
 
 
@@ -150,72 +147,153 @@ def test_a_failing_kernel_is_a_line(monkeypatch):
     def broken(*args):
         raise RuntimeError("nvcc fatal: no such flag")
 
-    monkeypatch.setattr(bench, "get_launcher", broken)
-    monkeypatch.setattr(bench.profile, "choose", lambda *args: bench.profile.Choice({}, "tilelang", "default"))
-    row = bench.bench_kernel("pre", tiny(), 2, bench.Sampler(CPU), 10.0)
+    monkeypatch.setattr(bench_kernels, "_call", broken)
+    (row,) = bench_kernels.bench_kernel("pre", Shape(4, 2, 16), "float32", 2, Clock("cpu"), COPY)
     assert row["failure"] == "RuntimeError: nvcc fatal: no such flag"
 
 
-def test_errors_that_are_not_numbers_are_infinite():
-    want = {"y": torch.ones(3, dtype=torch.float64)}
-    assert bench.relative_errors({"y": torch.tensor([1.0, math.nan, 1.0])}, want)["y"] == math.inf
-    assert bench.relative_errors({"y": torch.tensor([1.0, 1.0, 1.0])}, want)["y"] == 0
+def test_kernels_are_compiled_ahead_once_each_where_tilelang_serves():
+    shape, cpu = Shape(4, 2, 16), torch.device("cpu")
+    assert bench_kernels.choices(shape, "float32", [1], cpu) == []  # the reference serves here
+    with use_backend("tilelang"):
+        programs = bench_kernels.choices(shape, "float32", [1, 2], cpu)
+    keys = [(kernel.name, tuple(sorted(config.items()))) for kernel, _, config in programs]
+    assert len(set(keys)) == len(keys)
+    assert {name for name, _ in keys} <= set(KERNELS)
+
+
+#: A call in the place of the copy, and its bytes.
+COPY = (lambda: None, 1000)
+
+
+class Scripted:
+    """An entrant whose samples are given."""
+
+    def __init__(self, name: str, order: list[str], stop_at: int | None = None) -> None:
+        self.row: dict = {"times": {}}
+        self.name, self.order, self.stop_at = name, order, stop_at
+
+    def sample(self) -> dict[str, float]:
+        self.order.append(self.name)
+        if self.stop_at is not None and len(self.order) > self.stop_at:
+            raise KeyboardInterrupt
+        return {"forward_eager": float(len(self.order))}
 
 
 def test_rounds_are_interleaved_and_start_elsewhere_each_time():
     order: list[str] = []
-    calls = [(lambda name=name: order.append(name), 1, False) for name in "abc"]
-    samples = bench.Sampler(CPU).interleaved(calls, 3)
-    assert "".join(order) == "abcbcacab"
-    assert [len(s) for s in samples] == [3, 3, 3]
+    entrants = [Scripted(name, order) for name in "abc"]
+    assert take_rounds(entrants, 3, 100.0, lambda: None) == 3
+    assert "".join(order) == "abc" + "abcbcacab"  # one to warm up
+    assert [e.row["times"]["forward_eager"]["samples"] for e in entrants] == [3, 3, 3]
+    assert entrants[0].row["times"]["forward_eager"]["us"] == 9.0  # samples 4, 9, 11; the warm-up's is not among them
 
 
-def test_cases_are_random_and_repeatable():
-    one, same, other = tiny(), tiny(), Case.random(6, 3, 16, torch.float32, CPU, seed=4)
-    assert torch.equal(one.x, same.x)
-    assert torch.equal(one.fn, same.fn)
-    assert not torch.equal(one.x, other.x)
-    y = plain_boundary(one.x, one.fn, one.base, one.scale)
-    assert y.shape == one.x.shape
+def test_time_ends_the_rounds_but_not_before_there_are_some():
+    order: list[str] = []
+    assert take_rounds([Scripted("a", order)], 50, 0.0, lambda: None) == module.LEAST_ROUNDS
+
+
+def test_rounds_that_are_interrupted_count():
+    order: list[str] = []
+    entrants = [Scripted("a", order), Scripted("b", order, stop_at=7)]
+    with pytest.raises(KeyboardInterrupt):
+        take_rounds(entrants, 9, 100.0, lambda: None)
+    assert entrants[0].row["times"]["forward_eager"]["samples"] >= 2
+
+
+def test_ctrl_c_writes_what_there_is(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "bench_kernel", interrupted)
+    data = run(replace(TINY, rivals="eager", kernels=True), tmp_path)
+    assert data["code"] == INTERRUPTED
+    assert not data["complete"]
+    assert data["shapes"][0]["rows"][0]["times"]
+    assert "Interrupted" in (tmp_path / "bench.md").read_text()
+    err = capsys.readouterr().err
+    assert "interrupted; what was measured is in" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [("--rivals ours,ligre", "did you mean 'liger'?"), ("--tokens 0", "wanted 1 or more"), ("--n 9", "--n"), ("--dtype int8", "--dtype")],
+    ("change", "said"),
+    [
+        ({"rivals": "ours,ligre"}, "did you mean 'liger'"),
+        ({"shapes": "8x2x32:ours+egaer"}, "did you mean 'eager'"),
+        ({"shapes": "8x2"}, "wanted TxnxC"),
+        ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
+        ({"layers": "0"}, "--layers: got '0'"),
+        ({"layers": ""}, "--layers"),
+        ({"tokens": "few"}, "--tokens: got 'few'"),
+        ({"rival_envs": ("liger",)}, "wanted NAME=PATH"),
+        ({"rival_envs": ("liger=/no/such/place",)}, "does not exist"),
+        ({"rival_envs": ("ligre=/",)}, "did you mean 'liger'"),
+        ({"gpu": "no-such-gpu"}, "--gpu no-such-gpu: "),
+        ({"profile": "no-such-profile"}, "no-such-profile"),
+    ],
 )
-def test_bad_arguments(capsys, arguments, complaint):
-    with pytest.raises(SystemExit) as caught:
-        bench.main(arguments.split())
-    assert caught.value.code == 2
-    assert complaint in capsys.readouterr().err
+def test_what_the_user_can_mend(tmp_path, monkeypatch, change, said):
+    monkeypatch.setattr("tuner.hardware._gpu", lambda: None)
+    with pytest.raises(TuneError) as caught:
+        bench(replace(TINY, out=tmp_path, **change))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
-def test_another_gpu_is_one_line(capsys):
-    assert bench.main(["--gpu", "no-such-gpu"]) == 2
-    assert capsys.readouterr().err.startswith("--gpu no-such-gpu: found ")
-
-
-def test_unwritable_output_is_one_line(tmp_path, capsys):
+def test_unwritable_output_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    assert bench.main(f"{TINY} --rivals eager --no-kernels --out {tmp_path / 'file' / 'out'}".split()) == 2
-    assert "--out" in capsys.readouterr().err
+    with pytest.raises(TuneError, match="--out"):
+        make_plan(replace(TINY, out=tmp_path / "file" / "out"))
 
 
-@pytest.mark.gpu
-def test_graph_replay_follows_its_inputs():
-    x = torch.ones(4, device="cuda")
-    replay, out = bench.capture(lambda: x * 2)
-    x.fill_(3)
-    replay()
-    assert out.tolist() == [6.0] * 4
+def test_defaults_are_small_on_the_cpu(tmp_path):
+    plan = make_plan(BenchRequest("", gpu="cpu", out=tmp_path))
+    assert plan.shapes == [Shape(64, 4, 256)]
+    assert (plan.tokens, plan.rounds, plan.named) == ([1, 16], 7, False)
+    assert {"ours", "liger", "compile", "eager"} <= set(plan.rivals)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+def test_a_rival_in_a_process_of_its_own_is_timed_beside_ours(tmp_path):
+    data = run(replace(TINY, rivals="eager,compile", tokens="2"), tmp_path)
+    rows = {row["rival"]: row for row in data["shapes"][0]["rows"]}
+    assert set(rows) == {"eager", "compile"}
+    assert rows["compile"]["agrees"], rows["compile"]["failures"]
+    assert rows["compile"]["inputs"] == rows["eager"]["inputs"]
+    assert len(data["shapes"][0]["decode"]) == 2
+
+
+def test_other_random_numbers_are_said():
+    rows = [{"inputs": [1.0, 2.0], "note": ""}, {"inputs": [1.0, 2.5], "note": "a note"}, {"note": "failed early"}]
+    module._compare_inputs(rows)
+    assert rows[0]["note"] == ""
+    assert rows[1]["note"].startswith("a note; other random inputs")
+
+
+def test_module_and_command_are_the_same(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("tuner.cli.main", lambda: seen.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    module.main(["--gpu", "cpu"])
+    assert seen == [["mhc-tune", "bench", "--gpu", "cpu"]]
 
 
 @pytest.mark.gpu
 def test_all_of_it_on_the_gpu(tmp_path):
-    assert bench.main(f"--tokens 512 --dim 256 --rounds 5 --rivals ours,eager --out {tmp_path}".split()) == 0
-    data = json.loads((tmp_path / "boundary.json").read_text())
+    request = BenchRequest("", shapes="512x4x256", rivals="ours,eager", tokens="1,16", rounds=5, layers="1,2")
+    with use_backend("auto"):
+        data = run(request, tmp_path)
+    assert data["code"] == 0
     keys = {f"{p}_{kind}" for p in ("forward", "forward_backward") for kind in ("graph", "eager")}
-    for row in data["rows"]:
+    (entry,) = data["shapes"]
+    for row in entry["rows"]:
         assert set(row["times"]) == keys, row["failures"]
         assert row["peak_mib"] > 0
-    assert all(row["failure"] is None for row in data["kernels"])
+        assert "launches" in row
+    for row in entry["kernels"]:
+        assert row["failure"] is None
+        assert row["registers"] > 0
+        assert row["blocks_per_sm"] >= 1

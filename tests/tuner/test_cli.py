@@ -42,6 +42,25 @@ def test_help_teaches(tmp_path):
         assert text in done.stdout, text
 
 
+def test_help_of_bench_teaches(tmp_path):
+    done = mhc_tune(tmp_path, "bench", "--help")
+    assert done.returncode == 0
+    for text in ("--shapes", "--rivals", "--rival-env", "MHC_RIVAL_<NAME>", "--readme", "Ctrl-C", "mhc-tune bench --gpu cpu", "Examples"):
+        assert text in done.stdout, text
+
+
+def test_bench_from_outside(tmp_path):
+    args = ["bench", "--gpu", "cpu", "--shapes", "4x2x16", "--rivals", "eager", "--layers", "1", "--tokens", "none", "--no-kernels"]
+    done = mhc_tune(tmp_path, *args, "--out", "here", MHC_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"Command: `mhc-tune {' '.join(args)} --out here`" in done.stdout
+    assert {p.name for p in (tmp_path / "here").iterdir()} == {"bench.json", "bench.md", "bench.png"}
+    table = mhc_tune(tmp_path, "bench", "--readme", "here/bench.json")
+    assert table.returncode == 0
+    assert "| PyTorch eager |" in table.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -56,6 +75,11 @@ def test_help_teaches(tmp_path):
         (["--effort", "huge"], "'--effort'"),
         (["--no-such-option"], "--no-such-option"),
         (["no-such-command"], "no-such-command"),
+        (["--trials", "3", "bench"], "--trials stands before 'bench'"),
+        (["bench", "--gpu", "h100"], "--gpu h100: "),
+        (["bench", "--gpu", "cpu", "--rivals", "ligre"], "did you mean 'liger'"),
+        (["bench", "--rounds", "0"], "'--rounds'"),
+        (["bench", "--readme", "bad.yaml"], "--readme bad.yaml"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, args, said):

@@ -1,10 +1,12 @@
 """tuner/timing.py: medians, their intervals, early stop, interleaving."""
 
 import random
+import time
 
 import pytest
+import torch
 
-from tuner.timing import Clock, median, median_interval
+from tuner.timing import Clock, Timed, median, median_interval
 
 
 def test_median_of_odd_and_even_counts():
@@ -67,12 +69,40 @@ def test_the_budget_bounds_the_samples():
     assert len(samples) == 5
 
 
-def test_interleaved_rounds_call_everything_in_turn():
+def test_interleaved_rounds_call_everything_and_start_elsewhere_each_time():
     order = []
-    rounds = Clock("cpu").interleaved([lambda: order.append("a"), lambda: order.append("b")], 3)
-    assert order == ["a", "b"] * 3
-    assert [len(r) for r in rounds] == [2, 2, 2]
+    rounds = Clock("cpu").interleaved([lambda name=name: order.append(name) for name in "abc"], 3)
+    assert "".join(order) == "abcbcacab"
+    assert [len(r) for r in rounds] == [3, 3, 3]
     assert all(us >= 0 for r in rounds for us in r)
+
+
+def test_samples_stand_in_the_order_of_the_calls_whichever_came_first():
+    slow, quick = (lambda: time.sleep(0.01)), (lambda: None)
+    for samples in Clock("cpu").interleaved([slow, quick], 3):
+        assert samples[0] > 9e3 > samples[1]
+
+
+def test_a_sample_of_several_calls_is_the_time_of_one():
+    count = []
+    ((us,),) = Clock("cpu").interleaved([Timed(lambda: (count.append(1), time.sleep(0.002)), count=5)], 1)
+    assert len(count) == 5
+    assert 2e3 <= us < 8e3
+
+
+@pytest.mark.gpu
+def test_eager_samples_hold_the_launches_and_others_do_not():
+    x = torch.ones(1, device="cuda")
+
+    def call():
+        time.sleep(50e-6)  # the host's part
+        x.add_(1)
+
+    clock = Clock("cuda")
+    clock.sample(call, 3)
+    eager, hidden = (median([s[0] for s in clock.interleaved([Timed(call, eager=e)], 9)]) for e in (True, False))
+    assert eager > 50
+    assert hidden < eager
 
 
 def test_copy_bandwidth_is_plausible(device):
