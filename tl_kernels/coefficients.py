@@ -30,6 +30,11 @@ def rows_of(size, cfg):
     return ceildiv(size, step) * step
 
 
+def token_scalar(bt):
+    """Each of the first ``bt`` threads holds one token's number; the others stay out of it."""
+    return T.Fragment((bt,), forward_thread_fn=lambda t: t, forward_index_fn=lambda t: 0)
+
+
 def token_vector(bt, n):
     """Each of the first ``bt`` threads holds one token's vector."""
     return T.Fragment((bt, n), forward_thread_fn=lambda t, i: t, forward_index_fn=lambda t, i: i)
@@ -198,8 +203,9 @@ def build_bwd(p, cfg):
             # rows as in dab: dalpha 3, then dh; a padded row, because the last sums read it down
             d_s = T.alloc_shared((3 + rows, bt + 1), ACC)
             dab_Q = T.alloc_fragment((weights,), ACC)
-            dot = T.alloc_fragment((bt,), ACC)
+            dots = T.alloc_fragment((bt, 3), ACC)
             drinv = T.alloc_fragment((bt,), ACC)
+            T.annotate_layout({dots: token_vector(bt, 3), drinv: token_scalar(bt)})
             for q in T.Parallel(weights):
                 alpha_Q[q] = alpha[T.min(q, 2)]
             for q in T.Parallel(weights):
@@ -249,9 +255,7 @@ def build_bwd(p, cfg):
                     r_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
                     c_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
                     vectors = (r, c, r_inv, c_inv, dr, dc, dr_inv, dc_inv)
-                    T.annotate_layout(
-                        {**{v: token_matrix(bt, n) for v in (m, dm, prod)}, **{v: token_vector(bt, n) for v in vectors}}
-                    )
+                    T.annotate_layout({**{v: token_matrix(bt, n) for v in (m, dm, prod)}, **{v: token_vector(bt, n) for v in vectors}})
                     for t, i, j in T.Parallel(bt, n, n):
                         q = 2 * n + (i * n + j if rows_first else j * n + i)
                         m[t, i, j] = alpha_s[2] * T.if_then_else(z_s[M, t] > 0, z_s[q, t] * z_s[M, t], 0.0) + b_s[q]
@@ -314,16 +318,15 @@ def build_bwd(p, cfg):
                     if q < M and t0 + t < T_:
                         dzs[q, t0 + t] = d_s[3 + q, t] * alpha_s[T.min(q // n, 2)] * z_s[M, t]
                 # dalpha = sum dh z/r, d(1/r) = sum alpha dh z; rows whose norm overflowed have no gradient through z
+                T.clear(dots)
+                for q in T.unroll(M):
+                    for t in T.Parallel(bt):
+                        dots[t, T.min(q // n, 2)] += d_s[3 + q, t] * z_s[q, t]
                 T.clear(drinv)
                 for g in T.unroll(3):
-                    T.clear(dot)
-                    for q in T.unroll(n if g < 2 else n * n):
-                        for t in T.Parallel(bt):
-                            dot[t] += d_s[3 + g * n + q, t] * z_s[g * n + q, t]
                     for t in T.Parallel(bt):
-                        dot[t] = T.if_then_else(z_s[M, t] > 0, dot[t], 0.0)
-                        drinv[t] += alpha_s[g] * dot[t]
-                        d_s[g, t] = dot[t] * z_s[M, t]
+                        drinv[t] += T.if_then_else(z_s[M, t] > 0, alpha_s[g] * dots[t, g], 0.0)
+                        d_s[g, t] = T.if_then_else(z_s[M, t] > 0, dots[t, g] * z_s[M, t], 0.0)
                 for t in T.Parallel(bt):
                     if t0 + t < T_:
                         dzs[M, t0 + t] = -drinv[t] * z_s[M, t] * z_s[M, t] * z_s[M, t]
@@ -344,10 +347,12 @@ def _invalid(p, cfg):
 
 
 def _invalid_bwd(p, cfg):
-    scalings = 2 * (p.option("iters") - 1) * p.n
-    kib = cfg["block_T"] * 4 * (scalings + rows_of(p.M + 1, cfg) + rows_of(p.M + 1, cfg) + 3) / 1024
+    bt, rows = cfg["block_T"], rows_of(p.M + 1, cfg)
+    scalings = 2 * max(p.option("iters") - 1, 1) * p.n
+    weights = 2 * ceildiv(p.M + 3, cfg["threads"]) * cfg["threads"]
+    kib = ((scalings + rows) * bt + (rows + 3) * (bt + 1) + weights) * 4 / 1024
     if kib > 96:  # what every target from sm_80 on has
-        return f"block_T={cfg['block_T']}: {kib:.0f} KiB of shared memory, wanted at most 96"
+        return f"block_T={bt}: {kib:.0f} KiB of shared memory, wanted at most 96"
     return _invalid(p, cfg)
 
 
