@@ -68,11 +68,8 @@ def assert_same(got, want, tolerance):
         assert relative_error(g, w) <= tolerance, k
 
 
-OPTIONS = ({}, {"residual_mixing": False}, {"order": "rows_first", "sinkhorn_iters": 3, "post_mult": 1.5})
-
-
 @pytest.mark.parametrize("lead", [(5,), (2, 3), (0,)], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "no mixing", "other order"])
+@pytest.mark.parametrize("options", [{}, {"residual_mixing": False}], ids=["plain", "no mixing"])
 def test_chained_unchained_and_five_steps_agree(options, lead, device):
     x = streams(*lead, device=device)
     want = run(one_by_one, connections(fused=False, device=device, **options), x)
@@ -93,6 +90,9 @@ def test_bfloat16_streams(device):
 
 @pytest.mark.usefixtures("reference_backend")
 class TestChain:
+    def test_other_options(self):
+        test_chained_unchained_and_five_steps_agree({"order": "rows_first", "sinkhorn_iters": 3, "post_mult": 1.5}, (2, 3), "cpu")
+
     def test_pairs_and_functions(self):
         modules, x = connections(), streams(2, 3)
         pairs = [(hc, lambda u, hc=hc: (hc.layer(u), "weights")) for hc in modules]

@@ -51,6 +51,18 @@ def test_launchers_work_in_a_cuda_graph():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["coefficients", "pre", "project"])  # splits, none, and a flat argument
+def test_a_bound_call_is_the_call(name):
+    run = launcher(name, "cuda", 4, 256)
+    inputs = make_inputs(run.kernel, run.p, 64, 0, "cuda")
+    bound = run.bind(64)
+    assert bound is not run
+    for got, want in zip(bound(*inputs), run(*inputs), strict=True):
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+@pytest.mark.gpu
 def test_launchers_follow_the_current_stream():
     kernel = KERNELS["pre"]
     p = kernel.problem(4, 256)
