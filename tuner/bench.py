@@ -31,7 +31,7 @@ from tuner.bench_entrant import Entrant, Spec, release
 from tuner.bench_kernels import bench_kernel, choices, compile_ahead
 from tuner.bench_remote import RemoteEntrant, RivalWorker, WorkerGone, find_env, parse_envs
 from tuner.bench_report import chart, markdown
-from tuner.bench_rivals import rival, rival_names
+from tuner.bench_rivals import RIVALS, rival, rival_names
 from tuner.errors import INTERRUPTED, TuneError, one_line, unknown
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
@@ -133,7 +133,8 @@ def make_plan(request: BenchRequest) -> Plan:
         hardware=hardware,
         device=torch.device("cpu") if hardware.is_cpu else torch.device("cuda", torch.cuda.current_device()),
         shapes=shapes or [Shape.parse(text) for text in SHAPES[kind].split(",")],
-        rivals=[name for name in known if not wanted or name in wanted],
+        # those of tuner/rivals are CUDA through and through
+        rivals=[name for name in known if name in wanted or (not wanted and (name in RIVALS or not hardware.is_cpu))],
         named=bool(wanted),
         layers=layers,
         tokens=_counts("--tokens", DECODE_TOKENS[kind]) if tokens is None else tokens,
@@ -206,10 +207,10 @@ class Team:
         return name, place if rival(name).costly else -1
 
     def at(self, place: int) -> list[str]:
-        """The rivals of one shape that are not known to be missing."""
+        """The rivals of one shape; those known to be missing only where the user named them."""
         only = self.plan.shapes[place].only
         asked = [name for name in self.plan.rivals if only is None or name in [o.replace("-", "_") for o in only]]
-        return [name for name in asked if name not in self.missing]
+        return [name for name in asked if self.plan.named or name not in self.missing]
 
     def specs(self, place: int) -> list[Spec]:
         """The boundary entrants of a shape: each rival alone, and in stacks where it can."""
@@ -249,7 +250,9 @@ class Team:
             try:
                 worker = self._workers[name, place] = RivalWorker(str(self.plan.device), find_env(name, self.plan.envs))
                 worker.start()
-                worker.warm(specs)
+                missing = worker.warm(specs)
+                if missing:
+                    self.missing[name] = missing
             except (WorkerGone, RuntimeError, OSError) as error:
                 self._failed[name, place] = one_line(error)
             tick(name)
@@ -292,14 +295,17 @@ class Team:
         return entrants
 
     def _entrant(self, key: tuple[str, int], spec: Spec) -> Entrant | RemoteEntrant:
+        if spec.rival in self.missing:
+            absent = RemoteEntrant.failed(spec)
+            absent.row |= {"label": rival(spec.rival).label, "missing": self.missing[spec.rival]}
+            return absent
         if not key[0]:
             return Entrant(spec, self.clock)
         worker = self._workers.get(key)
         entrant = worker.entrant(spec) if worker is not None and key not in self._failed else None
         if entrant is None:
             entrant = RemoteEntrant.failed(spec, self._failed.get(key, "its process did not start"))
-        label = rival(spec.rival).label
-        entrant.row["label"] = label
+        entrant.row["label"] = rival(spec.rival).label
         return entrant
 
     def versions(self) -> dict[str, Any]:

@@ -143,8 +143,9 @@ class RivalWorker:
     def entrant(self, spec: Spec) -> RemoteEntrant:
         return RemoteEntrant(self, next(self._ids), spec)
 
-    def warm(self, specs: list[Spec]) -> None:
-        self.call("warm", OPEN_S * max(1, len(specs)), specs=[asdict(s) for s in specs])
+    def warm(self, specs: list[Spec]) -> str | None:
+        """Compile what these need. Returns why the rival cannot be imported, or None."""
+        return self.call("warm", OPEN_S * max(1, len(specs)), specs=[asdict(s) for s in specs])
 
     def close(self) -> None:
         self.kill()
@@ -171,10 +172,10 @@ class RemoteEntrant:
             self.row["failures"].append(str(error))
 
     @staticmethod
-    def failed(spec: Spec, why: str) -> RemoteEntrant:
+    def failed(spec: Spec, why: str | None = None) -> RemoteEntrant:
         """The entrant of a process that never worked."""
         entrant = RemoteEntrant(None, 0, spec)
-        entrant.row["failures"].append(why)
+        entrant.row["failures"] += [why] if why else []
         return entrant
 
     def _ask(self, do: str) -> dict[str, Any]:

@@ -29,11 +29,16 @@ class Worker:
     def hello(self) -> dict[str, Any]:
         return {"python": platform.python_version(), "torch": torch.__version__}
 
-    def warm(self, specs: list[dict[str, Any]]) -> None:
-        """Compile what these need; nothing is kept but the compiled code."""
+    def warm(self, specs: list[dict[str, Any]]) -> str | None:
+        """Compile what these need; nothing is kept but the compiled code. Returns why the rival cannot be imported, or None."""
         for spec in specs:
-            Entrant(Spec(**{**spec, "timed": False}), self.clock).close()
+            entrant = Entrant(Spec(**{**spec, "timed": False}), self.clock)
+            missing: str | None = entrant.row["missing"]
+            entrant.close()
             release()
+            if missing:
+                return missing
+        return None
 
     def open(self, id: int, spec: dict[str, Any]) -> dict[str, Any]:
         self.entrants[id] = entrant = Entrant(Spec(**spec), self.clock)

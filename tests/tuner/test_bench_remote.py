@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ def worker():
 
 def test_it_checks_times_and_forgets(worker):
     assert worker.versions["torch"] == torch.__version__
-    worker.warm([replace(TINY, layers=2)])
+    assert worker.warm([replace(TINY, layers=2)]) is None
     entrant = worker.entrant(TINY)
     assert entrant.row["agrees"], entrant.row["failures"]
     assert entrant.keys == ["forward_eager", "forward_backward_eager"]
@@ -46,6 +47,12 @@ def test_what_it_cannot_make_is_a_failure_in_the_row(worker):
     row = worker.entrant(replace(TINY, layers=2, chained=True)).row
     assert "no way to chain" in row["failures"][0]
     assert "unknown rival" in worker.entrant(replace(TINY, rival="nobody")).row["failures"][0]
+
+
+def test_a_rival_that_cannot_be_imported_is_known_from_the_start(worker):
+    if importlib.util.find_spec("liger_kernel") is not None:
+        pytest.skip("liger-kernel is installed here")
+    assert "liger_kernel" in worker.warm([replace(TINY, rival="liger")])
 
 
 def test_an_unknown_request_is_an_error_and_no_end(worker):

@@ -1,6 +1,7 @@
 """The command line from outside: help, one-line errors with exit code 2, Ctrl-C, and one real tuning run on the CPU target."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -141,3 +142,22 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert "run the same command again" in out
     assert "Traceback" not in out + err
     assert read_profile(tmp_path / "configs" / "cpu.yaml").entries
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_benchmark_with_what_it_has(tmp_path):
+    args = "--gpu cpu --shapes 4x2x16 --rivals ours,eager,compile --layers 1 --tokens none --no-kernels --rounds 100000 --seconds 600"
+    command = [sys.executable, "-m", "tuner.cli", "bench", *args.split(), "--out", "here"]
+    env = {**environment(), "MHC_BACKEND": "reference"}
+    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stderr:
+        if "boundaries" in line:  # opened within seconds, then sampled for minutes
+            break
+    time.sleep(20)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "interrupted; what was measured is in" in err
+    assert "Traceback" not in err
+    (entry,) = json.loads((tmp_path / "here" / "bench.json").read_text())["shapes"]
+    assert all(row["times"] and not row["failures"] for row in entry["rows"])
