@@ -199,6 +199,7 @@ class Team:
         self.missing: dict[str, str] = {}
         self._failed: dict[tuple[str, int], str] = {}
         self._workers: dict[tuple[str, int], RivalWorker] = {}
+        self._jobs: dict[tuple[str, int], list[Spec]] = {}
 
     def is_remote(self, name: str) -> bool:
         return not self.request.in_process and (rival(name).isolated or find_env(name, self.plan.envs) is not None)
@@ -259,6 +260,17 @@ class Team:
 
         with ThreadPoolExecutor(max(1, len(jobs))) as pool:
             list(pool.map(one, jobs.items()))
+        self._jobs = jobs
+
+    def retune(self) -> None:
+        """What autotunes when first called did so among others: again, one process at a time, at the shapes that are compared."""
+        for (name, place), specs in self._jobs.items():
+            if (name, place) in self._failed or name in self.missing:
+                continue
+            try:
+                self._workers[name, place].retune([s for s in specs if s.layers == 1 and not s.decode])
+            except (WorkerGone, RuntimeError) as error:
+                self._failed[name, place] = one_line(error)
 
     @property
     def processes(self) -> int:
@@ -383,6 +395,9 @@ class Bench:
             try:
                 compile_ahead(programs, self.plan.device, jobs, self.display.tick)
                 rivals.result()
+                if self.plan.device.type == "cuda":
+                    self.display.stage("autotuning rivals", 1)
+                    self.team.retune()
             except BaseException:
                 self.team.kill()
                 raise

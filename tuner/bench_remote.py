@@ -69,7 +69,7 @@ def _launch(env: Path | None, device: str, links: Path) -> tuple[list[str], dict
         return [sys.executable, *module], variables
     path = str(env.resolve())
     if env.suffix == ".sh":
-        return ["bash", "-c", 'source "$0" && exec python "$@"', path, *module], variables
+        return ["bash", "-c", 'source "$0" && exec "$(command -v python || command -v python3)" "$@"', path, *module], variables
     for package in PACKAGES:
         (links / package).symlink_to(HERE / package)
     if env.is_dir():
@@ -146,6 +146,10 @@ class RivalWorker:
     def warm(self, specs: list[Spec]) -> str | None:
         """Compile what these need. Returns why the rival cannot be imported, or None."""
         return self.call("warm", OPEN_S * max(1, len(specs)), specs=[asdict(s) for s in specs])
+
+    def retune(self, specs: list[Spec]) -> int:
+        """Choose Triton configurations again, undisturbed; the caller sees to that."""
+        return self.call("retune", OPEN_S * max(1, len(specs)), specs=[asdict(s) for s in specs])
 
     def close(self) -> None:
         self.kill()

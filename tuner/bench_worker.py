@@ -6,6 +6,8 @@ idle, so that the one who asks may time others meanwhile. What a rival prints go
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import platform
@@ -17,6 +19,17 @@ import torch
 from tuner.bench_entrant import Entrant, Spec, release
 from tuner.errors import one_line
 from tuner.timing import Clock
+
+
+def forget_autotuning() -> int:
+    """Empty the choices of every ``triton.autotune`` in this process (its compiled programs stay). Returns how many had any."""
+    if "triton" not in sys.modules:
+        return 0
+    autotuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    tuners = [t for t in gc.get_objects() if issubclass(type(t), autotuner) and t.cache]
+    for tuner in tuners:
+        tuner.cache.clear()
+    return len(tuners)
 
 
 class Worker:
@@ -39,6 +52,13 @@ class Worker:
             if missing:
                 return missing
         return None
+
+    def retune(self, specs: list[dict[str, Any]]) -> int:
+        """Let Triton's autotuners choose once more, now that nobody else uses the device. Returns how many had chosen."""
+        chosen = forget_autotuning()
+        if chosen:
+            self.warm(specs)
+        return chosen
 
     def open(self, id: int, spec: dict[str, Any]) -> dict[str, Any]:
         self.entrants[id] = entrant = Entrant(Spec(**spec), self.clock)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
-from tuner import bench_remote
+from tuner import bench_remote, bench_worker
 from tuner.bench_entrant import Spec
 from tuner.bench_remote import RemoteEntrant, RivalWorker, WorkerGone, find_env, parse_envs
 from tuner.errors import TuneError
@@ -47,6 +48,23 @@ def test_what_it_cannot_make_is_a_failure_in_the_row(worker):
     row = worker.entrant(replace(TINY, layers=2, chained=True)).row
     assert "no way to chain" in row["failures"][0]
     assert "unknown rival" in worker.entrant(replace(TINY, rival="nobody")).row["failures"][0]
+
+
+def test_autotuners_choose_again(monkeypatch):
+    class Autotuner:
+        def __init__(self, cache):
+            self.cache = cache
+
+    for name in ("triton", "triton.runtime", "triton.runtime.autotuner"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["triton.runtime.autotuner"].Autotuner = Autotuner
+    chosen, fresh = Autotuner({"shape": "config"}), Autotuner({})
+    assert bench_worker.forget_autotuning() == 1
+    assert chosen.cache == fresh.cache == {}
+
+
+def test_what_does_not_autotune_is_not_run_again(worker):
+    assert worker.retune([TINY]) == 0
 
 
 def test_a_rival_that_cannot_be_imported_is_known_from_the_start(worker):
