@@ -13,7 +13,16 @@ from tl_kernels.spec import Kernel
 #: The steps of the paper, in the order a boundary runs them; a backward stands in its forward's file.
 STEPS = tuple(name + suffix for name in ("project", "activate", "sinkhorn", "pre", "post_res") for suffix in ("", "_bwd"))
 #: What the fused boundary runs beside ``pre`` and ``post_res``: forward, then backward. Each in the file of its name.
-FUSED: tuple[str, ...] = ("coefficients", "coefficients_bwd", "sum_parts", "post_res_grads", "pre_grad")
+FUSED = (
+    "project_parts",
+    "post_res_project",
+    "coefficients",
+    "pre_grad",
+    "coefficients_bwd",
+    "streams_grad",
+    "post_res_grads",
+    "sum_parts",
+)
 NAMES = STEPS + FUSED
 
 

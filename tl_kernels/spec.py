@@ -107,6 +107,8 @@ class Kernel:
     #: fp64 answer: ``reference(problem, *inputs) -> outputs``, in the order of ``outputs``.
     reference: Callable[..., tuple[Any, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    #: Outputs whose exact answer depends on how another output was rounded: ``(inputs, results by name) -> answer``, all in float64.
+    from_results: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     pass_configs: Callable[[Config], dict[str, Any]] = lambda config: {}
     #: Knobs that mean nothing on the CPU target and stay at their default there.
     gpu_only: tuple[str, ...] = ("threads",)

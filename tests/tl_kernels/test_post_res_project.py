@@ -1,0 +1,8 @@
+"""``post_res_project`` against the float64 reference."""
+
+from tests.tl_kernels.checks import check, problems
+
+
+@problems()
+def test_matches_the_reference(device, n, C, dtype):
+    check("post_res_project", device, n, C, dtype)

@@ -1,0 +1,133 @@
+"""Projection and norm, Eq. 14-15, in sums over splits of K: rows 0..M-1 of ``parts`` add up to z^T, row M to mean(vec(x)^2).
+
+``project`` without its last step, which ``coefficients`` does: splits let few tokens use the whole GPU. The next tile of x and phi is on
+its way (cp.async) while the present one is multiplied; phi hi and lo are the two halves of one operand, so x is read once by the MMA.
+"""
+
+import tilelang.language as T
+
+from tl_kernels import reference
+from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
+
+
+def build(p, cfg):
+    K, M, dtype, mma = p.K, p.M, p.dtype, mma_dtype(p)
+    bt, bk, splits, stages = cfg["block_T"], cfg["block_K"], cfg["splits"], cfg["stages"]
+    N = padded(M, 32)
+    per = ceildiv(ceildiv(K, bk), splits)
+    direct, nx = dtype == mma, x_parts(p)
+    fetch = T.copy if stages == 1 else T.async_copy
+    T_ = T.dynamic("T")
+
+    @T.prim_func
+    def project_parts(x: T.Tensor((T_, K), dtype), phi: T.Tensor((M, K), ACC), parts: T.Tensor((splits, M + 1, T_), ACC)):
+        with T.Kernel(T.ceildiv(T_, bt), splits, threads=cfg["threads"]) as (block, s):
+            t0 = block * bt
+            first = s * per * bk
+            x_s = T.alloc_shared((stages, bt, bk), dtype)
+            phi_s = T.alloc_shared((stages, M, bk), ACC)
+            phi_NK = T.alloc_shared((2 * N, bk), mma)
+            z_s = T.alloc_shared((bt, 2 * N), ACC)
+            z_TN = T.alloc_fragment((bt, 2 * N), ACC)
+            block_TN = T.alloc_fragment((bt, 2 * N), ACC)
+            square = T.alloc_fragment((bt, bk), ACC)
+            mean = T.alloc_fragment((bt,), ACC)
+            T.clear(z_TN)
+            T.clear(square)
+            T.clear(phi_NK)
+            for q in T.unroll(stages - 1):
+                fetch(x[t0 : t0 + bt, first + q * bk : first + q * bk + bk], x_s[q, :, :])
+                fetch(phi[:, first + q * bk : first + q * bk + bk], phi_s[q, :, :])
+            for k in T.serial(per):
+                ahead = first + (k + stages - 1) * bk
+                if stages == 1:
+                    fetch(x[t0 : t0 + bt, ahead : ahead + bk], x_s[0, :, :])
+                    fetch(phi[:, ahead : ahead + bk], phi_s[0, :, :])
+                else:
+                    if k + stages - 1 <= per:
+                        T.ptx_wait_group(2 * (stages - 2))
+                    else:
+                        T.ptx_wait_group(0)
+                    T.sync_threads()
+                    if k + stages - 1 < per:
+                        fetch(x[t0 : t0 + bt, ahead : ahead + bk], x_s[(k + stages - 1) % stages, :, :])
+                        fetch(phi[:, ahead : ahead + bk], phi_s[(k + stages - 1) % stages, :, :])
+                for m, c in T.Parallel(M, bk):
+                    phi_NK[m, c] = high(phi_s[k % stages, m, c], mma)
+                    phi_NK[N + m, c] = low(phi_s[k % stages, m, c], mma)
+                for t, c in T.Parallel(bt, bk):
+                    square[t, c] += T.cast(x_s[k % stages, t, c], ACC) * T.cast(x_s[k % stages, t, c], ACC)
+                # tensor cores truncate as they accumulate: only one block's sum may grow there
+                T.clear(block_TN)
+                if direct and nx == 1:
+                    T.gemm(x_s[k % stages, :, :], phi_NK, block_TN, transpose_B=True)
+                else:
+                    x_hi = T.alloc_shared((bt, bk), mma)
+                    for t, c in T.Parallel(bt, bk):
+                        x_hi[t, c] = high(T.cast(x_s[k % stages, t, c], ACC), mma)
+                    T.gemm(x_hi, phi_NK, block_TN, transpose_B=True)
+                    if nx == 2:
+                        x_lo = T.alloc_shared((bt, bk), mma)
+                        for t, c in T.Parallel(bt, bk):
+                            x_lo[t, c] = low(T.cast(x_s[k % stages, t, c], ACC), mma)
+                        T.gemm(x_lo, phi_NK, block_TN, transpose_B=True)
+                for t, m in T.Parallel(bt, 2 * N):
+                    z_TN[t, m] += block_TN[t, m]
+            T.reduce_sum(square, mean, dim=1)
+            T.copy(z_TN, z_s)
+            for m, t in T.Parallel(N, bt):
+                if t0 + t < T_ and m < M:
+                    parts[s, m, t0 + t] = z_s[t, m] + z_s[t, N + m]
+            for t in T.Parallel(bt):
+                if t0 + t < T_:
+                    parts[s, M, t0 + t] = mean[t] / K
+
+    return project_parts
+
+
+def shared_bytes(p, cfg):
+    """Shared memory, an upper bound."""
+    bt, bk, stages = cfg["block_T"], cfg["block_K"], cfg["stages"]
+    part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 32)
+    x_split = 0 if part == 2 else x_parts(p) * bt * bk * 4
+    return stages * bk * (bt * p.itemsize + p.M * 4) + x_split + 2 * N * (bk * part + bt * 4)
+
+
+def invalid(p, cfg):
+    """Why a configuration cannot work, or None."""
+    bt, bk, threads = cfg["block_T"], cfg["block_K"], cfg["threads"]
+    if bt % 16 or bk % 16:
+        return f"block_T={bt}, block_K={bk}: wanted multiples of 16"
+    if cfg["stages"] > 1 and not can_stage(p):
+        return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
+    if bt * bk // threads > 128:
+        return f"block_T={bt}, block_K={bk}: {bt * bk // threads} squares a thread would spill"
+    if cfg["splits"] > ceildiv(p.K, bk):
+        return f"splits={cfg['splits']}: wanted at most K/block_K={ceildiv(p.K, bk)}"
+    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
+    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+
+
+def default(p):
+    """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
+    return {"block_T": 64, "block_K": 64 if p.itemsize == 2 and p.n <= 4 else 32, "splits": 2, "threads": 128, "stages": 1}
+
+
+project_parts = Kernel(
+    name="project_parts",
+    build=build,
+    inputs=(Tensor("x", "T n C", "stream", flat=True), Tensor("phi", "M K")),
+    outputs=(Tensor("parts", "S Q T", split=True),),
+    space=lambda p: {
+        "block_T": (32, 64, 128),
+        "block_K": (32, 64, 128, 256),
+        "splits": (1, 2, 4, 8, 16, 32),
+        "threads": (128, 256),
+        "stages": (1, 2, 3, 4),
+    },
+    default=default,
+    invalid=invalid,
+    reference=lambda *inputs: (reference.project_parts(*inputs),),
+    gpu_only=("threads", "stages"),
+)

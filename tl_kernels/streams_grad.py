@@ -1,0 +1,206 @@
+"""The whole gradient of x in one pass, written once: dx[j] = sum_i H_res[i,j] dy[i] + H_pre[j] du + (dz phi)_j + c/K x[j]; and dphi.
+
+The three uses of x (``post_res``, ``pre``, ``project``) meet here, so autograd has nothing to add: 13u at n = 4. A block owns a slice of the
+channels, whose phi and dphi stay on chip, and walks over its split of the tokens; the next tile is on its way while the present one is
+worked on. dphi is summed per split (``sum_parts`` adds the splits), so it is bitwise repeatable.
+"""
+
+import tilelang.language as T
+
+from tl_kernels import reference
+from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
+
+
+def build(p, cfg):
+    n, C, M, K, dtype, mma = p.n, p.C, p.M, p.K, p.dtype, mma_dtype(p)
+    bt, bc, splits, stages = cfg["block_T"], cfg["block_C"], cfg["splits"], cfg["stages"]
+    N = padded(M, 16)
+    kb = n * bc
+    kp = dphi_rows(p, cfg)
+    direct, nx = dtype == mma, x_parts(p)
+    fetch = T.copy if stages == 1 else T.async_copy
+    T_ = T.dynamic("T")
+
+    @T.prim_func
+    def streams_grad(
+        dy: T.Tensor((T_, n, C), dtype),
+        du: T.Tensor((T_, C), dtype),
+        x: T.Tensor((T_, n, C), dtype),
+        dzs: T.Tensor((M + 1, T_), ACC),
+        H_pre: T.Tensor((T_, n), ACC),
+        H_res: T.Tensor((T_, n, n), ACC),
+        phi: T.Tensor((M, K), ACC),
+        dx: T.Tensor((T_, n, C), dtype),
+        dphi: T.Tensor((splits, M, K), ACC),
+    ):
+        with T.Kernel(T.ceildiv(C, bc), splits, threads=cfg["threads"]) as (block, s):
+            c0 = block * bc
+            x_s = T.alloc_shared((stages, bt, kp), dtype)
+            dy_s = T.alloc_shared((stages, bt, kb), dtype)
+            du_s = T.alloc_shared((stages, bt, bc), dtype)
+            dz_s = T.alloc_shared((stages, M + 1, bt), ACC)
+            res_s = T.alloc_shared((stages, bt, n, n), ACC)
+            pre_s = T.alloc_shared((stages, bt, n), ACC)
+            dz_hi = T.alloc_shared((N, bt), mma)
+            dz_lo = T.alloc_shared((N, bt), mma)
+            phi_hi = T.alloc_shared((n * N, bc), mma)
+            phi_lo = T.alloc_shared((n * N, bc), mma)
+            g_s = T.alloc_shared((bt, bc + 4), ACC)  # rows of two tokens in different banks
+            g_TC = T.alloc_fragment((bt, bc), ACC)
+            dphi_KN = T.alloc_fragment((kp, N), ACC)
+            dy_f = T.alloc_fragment((n, bt, bc), dtype)
+            du_f = T.alloc_fragment((bt, bc), dtype)
+            x_f = T.alloc_fragment((bt, bc), dtype)
+            dx_f = T.alloc_fragment((bt, bc), ACC)
+            tiles = T.ceildiv(T.ceildiv(T_, bt), splits)
+            if stages == 2:
+                for j in T.unroll(n):
+                    fetch(x[s * bt : s * bt + bt, j, c0 : c0 + bc], x_s[0, :, j * bc : j * bc + bc])
+                    fetch(dy[s * bt : s * bt + bt, j, c0 : c0 + bc], dy_s[0, :, j * bc : j * bc + bc])
+                fetch(du[s * bt : s * bt + bt, c0 : c0 + bc], du_s[0, :, :])
+                fetch(dzs[:, s * bt : s * bt + bt], dz_s[0, :, :])
+                fetch(H_res[s * bt : s * bt + bt, :, :], res_s[0, :, :, :])
+                fetch(H_pre[s * bt : s * bt + bt, :], pre_s[0, :, :])
+            for j in T.unroll(n):
+                for m, c in T.Parallel(N, bc):
+                    value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
+                    phi_hi[j * N + m, c] = high(value, mma)
+                    phi_lo[j * N + m, c] = low(value, mma)
+            T.clear(dphi_KN)
+            T.clear(dz_hi)
+            T.clear(dz_lo)
+            for tile in T.serial(tiles):
+                t0 = (tile * splits + s) * bt
+                st = tile % stages
+                if stages == 1:
+                    for j in T.unroll(n):
+                        fetch(x[t0 : t0 + bt, j, c0 : c0 + bc], x_s[0, :, j * bc : j * bc + bc])
+                        fetch(dy[t0 : t0 + bt, j, c0 : c0 + bc], dy_s[0, :, j * bc : j * bc + bc])
+                    fetch(du[t0 : t0 + bt, c0 : c0 + bc], du_s[0, :, :])
+                    fetch(dzs[:, t0 : t0 + bt], dz_s[0, :, :])
+                    fetch(H_res[t0 : t0 + bt, :, :], res_s[0, :, :, :])
+                    fetch(H_pre[t0 : t0 + bt, :], pre_s[0, :, :])
+                else:
+                    t1 = t0 + splits * bt
+                    T.ptx_wait_group(0)
+                    T.sync_threads()
+                    if tile + 1 < tiles:
+                        for j in T.unroll(n):
+                            fetch(x[t1 : t1 + bt, j, c0 : c0 + bc], x_s[(tile + 1) % 2, :, j * bc : j * bc + bc])
+                            fetch(dy[t1 : t1 + bt, j, c0 : c0 + bc], dy_s[(tile + 1) % 2, :, j * bc : j * bc + bc])
+                        fetch(du[t1 : t1 + bt, c0 : c0 + bc], du_s[(tile + 1) % 2, :, :])
+                        fetch(dzs[:, t1 : t1 + bt], dz_s[(tile + 1) % 2, :, :])
+                        fetch(H_res[t1 : t1 + bt, :, :], res_s[(tile + 1) % 2, :, :, :])
+                        fetch(H_pre[t1 : t1 + bt, :], pre_s[(tile + 1) % 2, :, :])
+                for m, t in T.Parallel(M, bt):
+                    dz_hi[m, t] = high(dz_s[st, m, t], mma)
+                    dz_lo[m, t] = low(dz_s[st, m, t], mma)
+                # dphi^T = x^T dz
+                if direct and nx == 1:
+                    T.gemm(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(x_s[st, :, :], dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                else:
+                    x_hi = T.alloc_shared((bt, kp), mma)
+                    for t, c in T.Parallel(bt, kp):
+                        x_hi[t, c] = high(T.cast(x_s[st, t, c], ACC), mma)
+                    T.gemm(x_hi, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(x_hi, dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    if nx == 2:
+                        x_lo = T.alloc_shared((bt, kp), mma)
+                        for t, c in T.Parallel(bt, kp):
+                            x_lo[t, c] = low(T.cast(x_s[st, t, c], ACC), mma)
+                        T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                for i in T.unroll(n):
+                    for t, c in T.Parallel(bt, bc):
+                        dy_f[i, t, c] = dy_s[st, t, i * bc + c]
+                for t, c in T.Parallel(bt, bc):
+                    du_f[t, c] = du_s[st, t, c]
+                for j in T.unroll(n):
+                    # dz phi, through shared memory into the layout of rows
+                    T.clear(g_TC)
+                    T.gemm(dz_hi, phi_hi[j * N : j * N + N, :], g_TC, transpose_A=True)
+                    T.gemm(dz_hi, phi_lo[j * N : j * N + N, :], g_TC, transpose_A=True)
+                    T.gemm(dz_lo, phi_hi[j * N : j * N + N, :], g_TC, transpose_A=True)
+                    T.copy(g_TC, g_s[:, 0:bc])
+                    for t, c in T.Parallel(bt, bc):
+                        x_f[t, c] = x_s[st, t, j * bc + c]
+                    for t, c in T.Parallel(bt, bc):
+                        dx_f[t, c] = g_s[t, c] + pre_s[st, t, j] * du_f[t, c] + dz_s[st, M, t] / K * x_f[t, c]
+                    for i in T.unroll(n):
+                        for t, c in T.Parallel(bt, bc):
+                            dx_f[t, c] += res_s[st, t, i, j] * dy_f[i, t, c]
+                    for t, c in T.Parallel(bt, bc):
+                        if t0 + t < T_ and c0 + c < C:
+                            dx[t0 + t, j, c0 + c] = dx_f[t, c]
+            for k, m in T.Parallel(kp, N):
+                if m < M and k < kb and c0 + k % bc < C:
+                    dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
+
+    return streams_grad
+
+
+def dphi_rows(p, cfg):
+    """Columns of x in a tile, n blocks of channels, padded so that every warp owns 16 rows of dphi; what is past them is never stored."""
+    return padded(p.n * cfg["block_C"], cfg["threads"] // 2)
+
+
+def shared_bytes(p, cfg):
+    """Shared memory, an upper bound."""
+    n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
+    part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 16)
+    staged = stages * (bt * (bc * (n + 1) + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
+    split = 0 if part == 2 else x_parts(p) * bt * kp * 4
+    return staged + split + 2 * N * part * (bt + n * bc) + bt * (bc + 4) * 4
+
+
+def invalid(p, cfg):
+    """Why a configuration cannot work, or None."""
+    bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
+    if bt % 16 or bc % 16:
+        return f"block_T={bt}, block_C={bc}: wanted multiples of 16"
+    if cfg["stages"] > 1 and not can_stage(p):
+        return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
+    kp = dphi_rows(p, cfg)
+    if kp > 2 * p.n * bc:
+        return f"block_C={bc}, threads={threads}: {threads // 32} warps need at least {threads // 4} columns of x"
+    live = (kp * padded(p.M, 16) + bt * bc * (p.n // 2 + 3)) // threads
+    if live > 250:
+        return f"block_T={bt}, block_C={bc}: {live} live registers a thread would spill"
+    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
+    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+
+
+def default(p):
+    """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
+    small = p.itemsize == 4 or p.n > 4
+    return {"block_T": 32 if small else 64, "block_C": 16 if small else 32, "splits": 8, "threads": 128, "stages": 1}
+
+
+DX = Tensor("dx", "T n C", "stream")
+
+streams_grad = Kernel(
+    name="streams_grad",
+    build=build,
+    inputs=(
+        Tensor("dy", "T n C", "stream"),
+        Tensor("du", "T C", "stream"),
+        Tensor("x", "T n C", "stream"),
+        Tensor("dzs", "Q T"),
+        Tensor("H_pre", "T n"),
+        Tensor("H_res", "T n n"),
+        Tensor("phi", "M K"),
+    ),
+    outputs=(DX, Tensor("dphi", "S M K", split=True)),
+    space=lambda p: {
+        "block_T": (32, 64),
+        "block_C": (16, 32, 64, 128),
+        "splits": (3, 4, 6, 8, 13, 16, 26),
+        "threads": (64, 128, 256, 512),
+        "stages": (1, 2),
+    },
+    default=default,
+    invalid=invalid,
+    reference=reference.streams_grad,
+    gpu_only=("threads", "stages"),
+)
