@@ -314,7 +314,7 @@ def train(residual: str, corpus: Corpus, args: argparse.Namespace, console: Cons
 
 
 def describe_profile(args: argparse.Namespace) -> dict[str, Any]:
-    """Load ``--profile`` if one was given and count how many of the ten kernels the active profile serves at this shape."""
+    """Load ``--profile`` if one was given and count how many of the kernels the active profile serves at this shape."""
     if args.profile:
         mhc.load_profile(args.profile)
     active = active_profile(args.device)

@@ -38,7 +38,7 @@ class _Step:
             from tl_kernels import KERNELS
             from tl_kernels.launch import device_arch
 
-            self.kernel = KERNELS.get(signature.name)
+            self.kernel = KERNELS[signature.name]
             self.target = device_arch(device)
 
     def choose(self) -> Run:

@@ -125,9 +125,8 @@ def active_profile(device: torch.device) -> Profile | None:
 def save_profile(profile: Profile, path: str | Path) -> None:
     """Write ``profile`` as YAML so that a reader sees either the old file or the whole new one. Raises :class:`ProfileError`."""
     path = Path(os.path.realpath(path))
-    text = _HEADER + yaml.safe_dump(
-        profile.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=140, allow_unicode=True
-    )
+    # ASCII with escapes: of what allow_unicode would write as it is, YAML reads U+0085 back as a space
+    text = _HEADER + yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=140)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,7 +313,8 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
 
     def distance(e: Entry) -> tuple[float, ...]:
         far_C = abs(math.log(e.C / p.C)) if has_C else 0.0
-        return (abs(e.n - p.n), far_C, has_dtype and e.dtype != p.dtype, abs(math.log(e.tokens / T)), -e.tokens)
+        far_T = abs(math.log(e.tokens / T)) if kernel.has_tokens else 0.0
+        return (abs(e.n - p.n), far_C, has_dtype and e.dtype != p.dtype, far_T, -e.tokens)
 
     refused = ""
     for e in sorted((e for e in entries if not has_dtype or _wide(e.dtype) == _wide(p.dtype)), key=distance):
@@ -352,7 +352,7 @@ def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> lis
 
 
 def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: torch.device, served: str, refused: str) -> None:
-    # Once per shape, not once per kernel and T: ten kernels would say the same ten times.
+    # Once per shape, not once per kernel and T: every kernel would say the same.
     shape = f"n={p.n}" + (f", C={p.C}" if kernel.has_channels else "") + (f", {p.dtype}" if kernel.has_streams else "")
     message = f"{source.path} was not tuned at {shape}, T~{T}: {kernel.name} is {served}"
     if refused:  # the kernel is named: another one may well accept the same entry

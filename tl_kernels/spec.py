@@ -130,6 +130,11 @@ class Kernel:
         """Whether any tensor has the streams' dtype."""
         return any(t.dtype == "stream" for t in (*self.inputs, *self.outputs))
 
+    @cached_property
+    def has_tokens(self) -> bool:
+        """Whether any tensor has T in its shape; a second stage has none, and takes the same time whatever T was."""
+        return any("T" in t.dims.split() for t in (*self.inputs, *self.outputs))
+
     def bytes_moved(self, p: Problem, T: int) -> int:
         """Floor in bytes: every input read once, every result written once."""
         return sum(t.nbytes(p, T) for t in (*self.inputs, *self.outputs))

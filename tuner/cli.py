@@ -49,7 +49,7 @@ class EffortName(str, Enum):
 def tune(
     context: typer.Context,
     gpu: Annotated[str, typer.Option(help="Device to tune: auto, cpu, or a GPU's profile name (h100, h200, ...).")] = "auto",
-    kernels: Annotated[str | None, typer.Option(help="Kernels, separated by commas. Default: all ten.", metavar="A,B")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Kernels, separated by commas. Default: all.", metavar="A,B")] = None,
     workloads: Annotated[str | None, typer.Option(help="Workloads, separated by commas. Default: all.", metavar="A,B")] = None,
     workloads_file: Annotated[Path | None, typer.Option(help="YAML file of workloads. Default: configs/workloads.yaml.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token counts to tune at, instead of each workload's.", metavar="T,T")] = None,

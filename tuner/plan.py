@@ -52,7 +52,7 @@ def parse_tokens(text: str | None) -> list[int] | None:
 
 
 def make_tasks(kernels: Sequence[str], workloads: Sequence[Workload], hardware: Hardware, tokens: Sequence[int] | None) -> list[Task]:
-    """One task per program and token count; a program without C in it is tuned once for every C."""
+    """One task per program and token count; a program without C in it is tuned once for every C, one without T once for every T."""
     tasks: dict[tuple[str, Problem, int], Task] = {}
     covers: dict[tuple[int, str, int], list[int]] = {}
     for workload in workloads:
@@ -64,7 +64,8 @@ def make_tasks(kernels: Sequence[str], workloads: Sequence[Workload], hardware: 
                 spec = KERNELS[name]
             except ImportError as e:
                 raise TuneError(f"kernel {name}: {e}; is the installation complete? (pip install --force-reinstall)") from None
-            for T in tokens or workload.buckets(hardware.arch):
+            buckets = tokens or workload.buckets(hardware.arch)
+            for T in buckets if spec.has_tokens else buckets[-1:]:
                 every = sorted(set(covers[workload.n, workload.dtype, T]))
                 C = workload.C if spec.has_channels else every[0]
                 p = spec.problem(workload.n, C, workload.dtype)

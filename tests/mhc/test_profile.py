@@ -51,6 +51,7 @@ KERNELS = {
     "post_res": fake_kernel("post_res", Tensor("x", "T n C", "stream")),
     "pre": fake_kernel("pre", Tensor("x", "T n C", "stream")),
     "sinkhorn": fake_kernel("sinkhorn", Tensor("h_res", "T n n")),
+    "sum_parts": fake_kernel("sum_parts", Tensor("dphi", "M K")),
 }
 HASH = KERNELS["post_res"].source_hash
 
@@ -311,6 +312,13 @@ def test_beyond_twice_the_bucket_is_nearest(tmp_path, said, T):
     load(tmp_path, entry())
     assert choose("post_res", SHAPE, T, H100).origin == "nearest"
     assert len(said()) == 1
+
+
+@pytest.mark.parametrize("T", [1, 2048, 10**6])
+def test_a_kernel_without_tokens_is_exact_at_every_token_count(tmp_path, said, T):
+    load(tmp_path, entry(kernel="sum_parts"))
+    assert choose("sum_parts", Problem(4, 2560, "float32"), T, H100).origin == "exact"
+    assert not said()
 
 
 A, B = {"block_C": 128, "threads": 128}, {"block_C": 256, "threads": 64}

@@ -11,7 +11,7 @@ from tuner.workloads import load_workloads
 GPU = Hardware(profile="h100", name="NVIDIA H100 80GB HBM3", arch="sm_90a")
 
 
-def test_kernels_come_in_boundary_order_and_all_ten_by_default():
+def test_kernels_come_in_boundary_order_and_all_by_default():
     assert pick_kernels(None) == list(NAMES)
     assert pick_kernels(["post_res", "pre"]) == ["pre", "post_res"]
 
@@ -36,3 +36,9 @@ def test_a_program_without_channels_gets_one_task_for_all_workloads():
         ("pre", 2560, 2048), ("pre", 2560, 8192), ("pre", 4096, 2048), ("pre", 4096, 8192),
     ]  # fmt: skip
     assert [(t.T, t.covers) for t in tasks if t.kernel == "sinkhorn"] == [(2048, (2560, 4096)), (8192, (2560, 4096))]
+
+
+def test_a_program_without_tokens_gets_one_task_for_all_token_counts():
+    workloads = pick_workloads(["mhc-27b", "deepseek-v4-flash"], load_workloads())
+    tasks = make_tasks(["sum_parts"], workloads, GPU, [2048, 8192])
+    assert [(t.p.C, t.T, t.covers) for t in tasks] == [(2560, 8192, (2560,)), (4096, 8192, (4096,))]
