@@ -156,10 +156,11 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     small = p.itemsize == 4 or p.n > 4
+    bc = 16 if p.itemsize == 4 and p.n > 6 else 32
     return {
         "block_T": 32 if small else 64,
-        "block_C": 16 if p.itemsize == 4 and p.n > 6 else 32,
-        "splits": 2,
+        "block_C": bc,
+        "splits": min(2, ceildiv(p.C, bc)),
         "threads": 128,
         "stages": 1,
         "min_blocks": 1,

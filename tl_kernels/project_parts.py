@@ -111,7 +111,8 @@ def invalid(p, cfg):
 
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
-    return {"block_T": 64, "block_K": 64 if p.itemsize == 2 and p.n <= 4 else 32, "splits": 2, "threads": 128, "stages": 1}
+    bk = 64 if p.itemsize == 2 and p.n <= 4 else 32
+    return {"block_T": 64, "block_K": bk, "splits": min(2, ceildiv(p.K, bk)), "threads": 128, "stages": 1}
 
 
 project_parts = Kernel(

@@ -1,7 +1,7 @@
 """The whole gradient of x in one pass, written once: dx[j] = sum_i H_res[i,j] dy[i] + H_pre[j] du + (dz phi)_j + c/K x[j]; and dphi.
 
-The three uses of x (``post_res``, ``pre``, ``project``) meet here, so autograd has nothing to add: 13u at n = 4. A block owns a slice of the
-channels, whose phi and dphi stay on chip, and walks over its split of the tokens; the next tile is on its way while the present one is
+The three uses of x (``post_res``, ``pre``, ``project``) meet here, so autograd has nothing to add: 13u at n = 4. A block owns a slice of
+the channels, whose phi and dphi stay on chip, and walks over its split of the tokens; the next tile is on its way while the present one is
 worked on. dphi is summed per split (``sum_parts`` adds the splits), so it is bitwise repeatable.
 """
 
@@ -9,7 +9,7 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
 
 def build(p, cfg):
@@ -157,8 +157,10 @@ def shared_bytes(p, cfg):
 def invalid(p, cfg):
     """Why a configuration cannot work, or None."""
     bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
-    if bt % 16 or bc % 16:
-        return f"block_T={bt}, block_C={bc}: wanted multiples of 16"
+    if bt % 16 or bc % 8:
+        return f"block_T={bt}, block_C={bc}: wanted multiples of 16 and 8"
+    if threads // 32 > bt // 16 * (bc // 8):
+        return f"block_T={bt}, block_C={bc}, threads={threads}: a warp multiplies at least 16 tokens by 8 channels"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
     kp = dphi_rows(p, cfg)
@@ -173,8 +175,10 @@ def invalid(p, cfg):
 
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
-    small = p.itemsize == 4 or p.n > 4
-    return {"block_T": 32 if small else 64, "block_C": 16 if small else 32, "splits": 8, "threads": 128, "stages": 1}
+    tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
+    cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, "stages": 1} for bt, bc, threads in tiles]
+    smallest = min(SHARED_LIMIT.values()) * 1024
+    return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
 
 
 DX = Tensor("dx", "T n C", "stream")
