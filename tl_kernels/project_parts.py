@@ -122,13 +122,18 @@ project_parts = Kernel(
     outputs=(Tensor("parts", "S Q T", split=True),),
     space=lambda p: {
         "block_T": (32, 64, 128),
-        "block_K": (32, 64, 128, 256),
+        "block_K": (32, 64, 128),
         "splits": (1, 2, 4, 8, 16, 32),
         "threads": (128, 256),
         "stages": (1, 2, 3, 4),
     },
     default=default,
     invalid=invalid,
+    seeds=(
+        {"block_T": 64, "block_K": 128, "splits": 2, "threads": 128, "stages": 3},
+        {"block_T": 128, "block_K": 128, "splits": 2, "threads": 256, "stages": 3},
+        {"block_T": 64, "block_K": 64, "splits": 32, "threads": 128, "stages": 3},
+    ),
     reference=lambda *inputs: (reference.project_parts(*inputs),),
     gpu_only=("threads", "stages"),
 )

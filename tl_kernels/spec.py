@@ -106,6 +106,8 @@ class Kernel:
     invalid: Callable[[Problem, Config], str | None]
     #: fp64 answer: ``reference(problem, *inputs) -> outputs``, in the order of ``outputs``.
     reference: Callable[..., tuple[Any, ...]]
+    #: Configurations a search should try early: fast on a chip with more room than the default may count on.
+    seeds: tuple[Config, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     #: Outputs whose exact answer depends on how another output was rounded: ``(inputs, results by name) -> answer``, all in float64.
     from_results: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -20,6 +20,9 @@ def build(p, cfg):
     kp = dphi_rows(p, cfg)
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
+    overlap = cfg["overlap"] == 1
+    product = T.wgmma_gemm if overlap else T.gemm
+    rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
     T_ = T.dynamic("T")
 
     @T.prim_func
@@ -44,8 +47,8 @@ def build(p, cfg):
             pre_s = T.alloc_shared((stages, bt, n), ACC)
             dz_hi = T.alloc_shared((N, bt), mma)
             dz_lo = T.alloc_shared((N, bt), mma)
-            phi_hi = T.alloc_shared((n * N, bc), mma)
-            phi_lo = T.alloc_shared((n * N, bc), mma)
+            phi_hi = T.alloc_shared((n, N, bc), mma)
+            phi_lo = T.alloc_shared((n, N, bc), mma)
             g_s = T.alloc_shared((bt, bc + 4), ACC)  # rows of two tokens in different banks
             g_TC = T.alloc_fragment((bt, bc), ACC)
             dphi_KN = T.alloc_fragment((kp, N), ACC)
@@ -65,8 +68,8 @@ def build(p, cfg):
             for j in T.unroll(n):
                 for m, c in T.Parallel(N, bc):
                     value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                    phi_hi[j * N + m, c] = high(value, mma)
-                    phi_lo[j * N + m, c] = low(value, mma)
+                    phi_hi[j, m, c] = high(value, mma)
+                    phi_lo[j, m, c] = low(value, mma)
             T.clear(dphi_KN)
             T.clear(dz_hi)
             T.clear(dz_lo)
@@ -98,31 +101,42 @@ def build(p, cfg):
                     dz_lo[m, t] = low(dz_s[st, m, t], mma)
                 # dphi^T = x^T dz
                 if direct and nx == 1:
-                    T.gemm(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
-                    T.gemm(x_s[st, :, :], dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    product(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
+                    product(x_s[st, :, :], dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
                 else:
                     x_hi = T.alloc_shared((bt, kp), mma)
                     for t, c in T.Parallel(bt, kp):
                         x_hi[t, c] = high(T.cast(x_s[st, t, c], ACC), mma)
-                    T.gemm(x_hi, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
-                    T.gemm(x_hi, dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(x_hi, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
+                    T.gemm(x_hi, dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
                     if nx == 2:
                         x_lo = T.alloc_shared((bt, kp), mma)
                         for t, c in T.Parallel(bt, kp):
                             x_lo[t, c] = low(T.cast(x_s[st, t, c], ACC), mma)
-                        T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                        T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
+                if overlap:
+                    product(dz_hi, phi_hi[0, :, :], g_TC, transpose_A=True, clear_accum=True)
+                    product(dz_hi, phi_lo[0, :, :], g_TC, transpose_A=True)
+                    product(dz_lo, phi_hi[0, :, :], g_TC, transpose_A=True)
                 for i in T.unroll(n):
                     for t, c in T.Parallel(bt, bc):
                         dy_f[i, t, c] = dy_s[st, t, i * bc + c]
                 for t, c in T.Parallel(bt, bc):
                     du_f[t, c] = du_s[st, t, c]
                 for j in T.unroll(n):
-                    # dz phi, through shared memory into the layout of rows
-                    T.clear(g_TC)
-                    T.gemm(dz_hi, phi_hi[j * N : j * N + N, :], g_TC, transpose_A=True)
-                    T.gemm(dz_hi, phi_lo[j * N : j * N + N, :], g_TC, transpose_A=True)
-                    T.gemm(dz_lo, phi_hi[j * N : j * N + N, :], g_TC, transpose_A=True)
+                    # dz phi, through shared memory into the layout of rows; the next stream's while this one's are added up
+                    if overlap:
+                        T.wait_wgmma(0)
+                    else:
+                        T.clear(g_TC)
+                        T.gemm(dz_hi, phi_hi[j, :, :], g_TC, transpose_A=True)
+                        T.gemm(dz_hi, phi_lo[j, :, :], g_TC, transpose_A=True)
+                        T.gemm(dz_lo, phi_hi[j, :, :], g_TC, transpose_A=True)
                     T.copy(g_TC, g_s[:, 0:bc])
+                    if overlap and j + 1 < n:
+                        product(dz_hi, phi_hi[j + 1, :, :], g_TC, transpose_A=True, clear_accum=True)
+                        product(dz_hi, phi_lo[j + 1, :, :], g_TC, transpose_A=True)
+                        product(dz_lo, phi_hi[j + 1, :, :], g_TC, transpose_A=True)
                     for t, c in T.Parallel(bt, bc):
                         x_f[t, c] = x_s[st, t, j * bc + c]
                     for t, c in T.Parallel(bt, bc):
@@ -161,6 +175,8 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_C={bc}: wanted multiples of 16 and 8"
     if threads // 32 > bt // 16 * (bc // 8):
         return f"block_T={bt}, block_C={bc}, threads={threads}: a warp multiplies at least 16 tokens by 8 channels"
+    if cfg["overlap"] and (mma_dtype(p) != "bfloat16" or bt % 64 or threads % 128):
+        return f"overlap={cfg['overlap']}: wanted bf16 streams, block_T a multiple of 64 and threads of 128"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
     kp = dphi_rows(p, cfg)
@@ -176,7 +192,7 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, "stages": 1} for bt, bc, threads in tiles]
+    cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, "stages": 1, "overlap": 0} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
 
@@ -199,12 +215,19 @@ streams_grad = Kernel(
     space=lambda p: {
         "block_T": (32, 64),
         "block_C": (16, 32, 64, 128),
-        "splits": (3, 4, 6, 8, 13, 16, 26),
-        "threads": (64, 128, 256, 512),
+        "splits": (1, 2, 3, 4, 8, 13, 16),
+        "threads": (128, 256),
         "stages": (1, 2),
+        "overlap": (0, 1),
     },
     default=default,
     invalid=invalid,
+    seeds=(
+        {"block_T": 64, "block_C": 64, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
+    ),
     reference=reference.streams_grad,
-    gpu_only=("threads", "stages"),
+    gpu_only=("threads", "stages", "overlap"),
 )

@@ -115,7 +115,7 @@ class Search:
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=max(4, min(10, trials // 3)))
         self._brain = optuna.create_study(sampler=sampler)
         self._asked: dict[str, optuna.Trial] = {}
-        self._first: deque[dict[str, Any]] = deque([self.default])
+        self._first: deque[dict[str, Any]] = deque([self.default, *(dict(seed) for seed in kernel.seeds if not held)])
         self._hinted = False
         for trial in self._study.get_trials(deepcopy=False):
             self._restore(trial)
