@@ -275,7 +275,11 @@ class Entrant:
                 for name, value in want.items():  # of several layers the worst
                     errors[name] = max(errors.get(name, 0.0), finite_error(got[name], value))
         self.row["errors"] = errors
-        self.row["agrees"] = max(errors.values()) <= TOLERANCE[s.dtype]
+        # In a stack every implementation stores y, u and their gradients between boundaries in the streams' dtype. The few numbers that sum
+        # a whole layer's gradients carry those roundings: 5e-2 measured in the three of `scale`, Liger's as ours.
+        wide = 1 if s.layers == 1 else 10
+        limits = {name: TOLERANCE[s.dtype] * (1 if name in ("y", "x") else wide) for name in errors}
+        self.row["agrees"] = all(errors[name] <= limit for name, limit in limits.items())
 
     def _prepare(self, stack: Stack) -> None:
         device = self.clock.device

@@ -93,7 +93,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor, rows: int = 1 << 1
     """||got - expected|| / ||expected|| in float64, in slices so that no second full-size copy is made. NaN and inf stay visible."""
     difference = torch.zeros((), dtype=torch.float64, device=expected.device)
     size = torch.zeros_like(difference)
-    for g, e in zip(got.split(rows), expected.split(rows), strict=True):
+    for g, e in zip(torch.atleast_1d(got).split(rows), torch.atleast_1d(expected).split(rows), strict=True):
         difference += (g.double() - e).square().sum()
         size += e.square().sum()
     return float((difference / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
