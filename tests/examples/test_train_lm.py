@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import mhc
 from tl_kernels import NAMES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,6 +35,14 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)  # --tiny asks for one
+
+
+@pytest.fixture(autouse=True)
+def _backend(request):
+    """The reference serves, for a new shape costs a minute of compiling; one test, and those on a GPU, take the kernels."""
+    kernels = request.node.name == "test_all_three_run_and_are_written" or request.node.get_closest_marker("gpu")
+    with mhc.use_backend("auto" if kernels else "reference"):
+        yield
 
 
 @pytest.fixture

@@ -1,16 +1,53 @@
-"""Devices and backends the tests of ``mhc`` run on, and inputs for every operator."""
+"""Devices and backends the tests of ``mhc`` run on, and inputs for every operator.
+
+What the tests of the fused operators need on the CPU target is compiled ahead of them, on all cores.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import mhc
-from mhc.signatures import PAIRS, SIGNATURES
+from mhc.signatures import FUSED_KERNELS, PAIRS, SIGNATURES
 
 CASES = (
     pytest.param(("cpu", "reference"), id="cpu-reference"),
     pytest.param(("cpu", "tilelang"), id="cpu-tilelang"),
     pytest.param(("cuda", "tilelang"), id="cuda-tilelang", marks=pytest.mark.gpu),
 )
+
+
+_POOL = ThreadPoolExecutor(os.cpu_count())
+
+
+def _compile(signature, dtype, iters):
+    from tl_kernels import KERNELS
+    from tl_kernels.launch import get_launcher
+
+    options = {**signature.options, "iters": iters} if "iters" in signature.options else signature.options
+    kernel, p = KERNELS[signature.name], signature.problem({"n": 4, "C": 32}, dtype, options)
+    get_launcher(kernel, p, kernel.default(p), "cpu")
+
+
+def pytest_collection_finish(session):
+    from tl_kernels import cpu
+
+    fused = any(item.path.name in ("test_chain.py", "test_fused.py") and "cpu-tilelang" in item.name for item in session.items)
+    if session.config.option.collectonly or not fused or not cpu.available():
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for signature in (*FUSED_KERNELS.values(), SIGNATURES["pre"], SIGNATURES["post_res"]):
+            streams = any(t.dtype == "stream" for t in (*signature.inputs, *signature.outputs))
+            if streams or dtype is torch.float32:
+                for iters in (20, 5) if "iters" in signature.options else (0,):
+                    # a failure is the test's to report: it asks again
+                    _POOL.submit(_compile, signature, dtype, iters)
+
+
+def pytest_sessionfinish():
+    _POOL.shutdown(wait=False, cancel_futures=True)
 
 
 def _enter(device, backend):
