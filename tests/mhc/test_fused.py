@@ -109,7 +109,19 @@ def test_every_n(n, C):
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 @pytest.mark.parametrize(("T", "C", "dtype"), [(3, 77, torch.float32), (130, 1280, torch.bfloat16)], ids=str)
 def test_other_shapes_on_a_gpu(n, T, C, dtype):
-    check(make_inputs(T=T, n=n, C=C, dtype=dtype, device="cuda"), TOLERANCE[dtype])
+    """Eight draws together. At n = 1 b has two gradients that count, each a sum over tokens and channels: in one draw of several they come
+    out near zero, and the rounding of the streams is then large beside them (2.5e-2, the PyTorch reference likewise)."""
+    wrong, size = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
+    for seed in range(8):
+        inputs = make_inputs(T=T, n=n, C=C, dtype=dtype, device="cuda", seed=seed)
+        doubles = [t.detach().double().cpu().requires_grad_() for t in inputs]
+        out, want = chained(inputs), exact(doubles)
+        assert_close(out, out.values(), want.values(), TOLERANCE[dtype])
+        pairs = zip(NAMES, gradients(out, ("next_u", "next_y"), inputs), gradients(want, ("next_u", "next_y"), doubles), strict=True)
+        for name, g, w in pairs:
+            wrong[name] += float((g.double().cpu() - w).square().sum())
+            size[name] += float(w.square().sum())
+    assert all((wrong[name] / size[name]) ** 0.5 <= TOLERANCE[dtype] for name in NAMES), (wrong, size)
 
 
 @pytest.mark.parametrize(
