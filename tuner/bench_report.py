@@ -249,7 +249,9 @@ def chart(result: dict[str, Any], path: Path) -> None:
         for axis, p in zip(axes, PASSES, strict=True):
             _bars(axis, entry, p, kind)
             axis.set_xlabel(f"us a boundary, median, {how}")
-            axis.set_title(f"{TITLES[p]}, {entry['T']} x {entry['n']} x {entry['C']}", fontsize=10)
+            shape = f"{entry['T']} x {entry['n']} x {entry['C']}"
+            floor = f"dashed: floor, {entry['floor_us'][p]:.0f} us ({entry['floor_units'][p]}u at copy speed)"
+            axis.set_title(f"{TITLES[p]}, {shape}\n{floor}", fontsize=10)
     copy = entries[0]["copy_gbps"] if entries else 0.0
     title = f"mHC boundaries (T x n x C), identity layer, {result['dtype']}\n{result['hardware']['name']}, copy {copy:.0f} GB/s"
     figure.suptitle(title, fontsize=11)
@@ -263,11 +265,8 @@ def _bars(axis: Any, entry: dict[str, Any], p: str, kind: str) -> None:
         spread = [[time["us"] - time["lo"]], [time["hi"] - time["us"]]]
         axis.barh(place, time["us"], xerr=spread, color="#1f5fbf" if row["rival"] == "ours" else "#b0b7c3", capsize=3)
         axis.annotate(f"{time['us']:.0f}", (time["hi"], place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    floor = entry["floor_us"][p]
-    label = f"floor {floor:.0f} us ({entry['floor_units'][p]}u at copy speed)"
-    axis.axvline(floor, color="#c0392b", linestyle="--", linewidth=1.2, label=label)
+    axis.axvline(entry["floor_us"][p], color="#c0392b", linestyle="--", linewidth=1.2)
     axis.set_yticks(range(len(rows)), [_name(r) for r, _ in rows])
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    axis.legend(fontsize=8, frameon=False, loc="upper right")  # where our short bars leave room
     axis.spines[["top", "right"]].set_visible(False)
