@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tl_kernels import KERNELS
+from tl_kernels import KERNELS, reference
 from tuner.gate import Case, GateError, check, reference_fp64, relative_error
 from tuner.inputs import make_inputs
 
@@ -96,3 +96,40 @@ def test_the_chunked_reference_equals_the_whole_one(name):
     for tensor, a, b in zip(kernel.outputs, whole, chunked, strict=True):
         assert a.dtype is torch.float64
         assert relative_error(b, a) < 1e-12, tensor.name
+
+
+class Splits:
+    """``post_res_project`` computed in float32, y rounded, and what ``fault`` says; parts in three splits."""
+
+    kernel = KERNELS["post_res_project"]
+
+    def __init__(self, fault=lambda y, parts: None):
+        self.p, self.fault = self.kernel.problem(4, 64), fault
+
+    def empty_outputs(self, T, device):
+        return [torch.empty(t.shape(self.p, T, 3), dtype=getattr(torch, t.dtype_name(self.p)), device=device) for t in self.kernel.outputs]
+
+    def __call__(self, *inputs, out):
+        y, _ = self.kernel.reference(*(t.float() for t in inputs))
+        out[0].copy_(y)
+        self.fault(*out)
+        whole = reference.project_parts(out[0].float(), inputs[-1])
+        out[1].copy_(whole * torch.tensor([0.5, 0.75, -0.25]).view(3, 1, 1))
+        return tuple(out)
+
+    def checked(self, T=37):
+        inputs = make_inputs(self.kernel, self.p, T, seed=0)
+        return check(self, Case(T, inputs, reference_fp64(self.kernel, self.p, inputs)))
+
+
+def test_splits_are_judged_by_their_sum():
+    assert Splits().checked()["parts"] < 1e-6
+
+
+def test_a_result_may_round_either_way_and_what_follows_answers_to_it():
+    """One element of y in a thousand a step higher: within y's tolerance, far outside that of parts if those answered to another y."""
+
+    def other_way(y, parts):
+        y.view(-1)[::1000] *= 1 + 2**-7
+
+    assert Splits(other_way).checked()["parts"] < 1e-6

@@ -30,6 +30,19 @@ def test_the_default_comes_first_and_nothing_twice(storage):
     assert [invalid(search.task.p, cfg) for cfg in tried] == [None] * 20
 
 
+def test_seeds_that_fit_the_problem_follow_the_default(storage):
+    kernel = KERNELS["streams_grad"]
+    search = Search(make_task("streams_grad", C=2560, arch="sm_90a"), storage, 20, seed=0)
+    fit = [dict(seed) for seed in kernel.seeds if kernel.invalid(search.task.p, seed) is None]
+    assert 0 < len(fit) < len(kernel.seeds)
+    assert drain(search)[1 : 1 + len(fit)] == fit
+
+
+def test_seeds_are_for_gpus(storage):
+    search = Search(make_task("streams_grad", C=2560), storage, 4, seed=0)
+    assert not [cfg for cfg in drain(search) if cfg in KERNELS["streams_grad"].seeds]
+
+
 def test_batches_without_results_are_distinct_too(storage):
     search = Search(make_task("post_res", C=2560, arch="sm_90a"), storage, 12, seed=0)
     batch = [search.propose() for _ in range(12)]
