@@ -1,8 +1,11 @@
 """``post_res_project`` against the float64 reference."""
 
-from tests.tl_kernels.checks import check, problems
+import pytest
+
+from tests.tl_kernels.checks import FEW, check, problems
 
 
-@problems()
-def test_matches_the_reference(device, n, C, dtype):
-    check("post_res_project", device, n, C, dtype)
+@problems(FEW)
+@pytest.mark.parametrize("name", ["post_res_project"])
+def test_matches_the_reference(name, device, n, C, dtype):
+    check(name, device, n, C, dtype)

@@ -1,8 +1,11 @@
 """``streams_grad`` against the float64 reference."""
 
-from tests.tl_kernels.checks import check, problems
+import pytest
+
+from tests.tl_kernels.checks import FEW, check, problems
 
 
-@problems()
-def test_matches_the_reference(device, n, C, dtype):
-    check("streams_grad", device, n, C, dtype)
+@problems(FEW)
+@pytest.mark.parametrize("name", ["streams_grad"])
+def test_matches_the_reference(name, device, n, C, dtype):
+    check(name, device, n, C, dtype)

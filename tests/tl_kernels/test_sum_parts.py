@@ -9,8 +9,9 @@ from tuner.inputs import make_inputs
 
 
 @problems(SOME)
-def test_matches_the_reference(device, n, C, dtype):
-    check("sum_parts", device, n, C, dtype)
+@pytest.mark.parametrize("name", ["sum_parts"])
+def test_matches_the_reference(name, device, n, C, dtype):
+    check(name, device, n, C, dtype)
 
 
 @pytest.mark.parametrize(("S", "S2"), [(1, 1), (1, 40), (5, 31), (16, 257)])
