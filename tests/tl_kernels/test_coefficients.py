@@ -26,7 +26,8 @@ def test_forward_options_reach_the_program(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "block_T", "threads"), [(1, 32, 256), (4, 32, 32), (4, 64, 128), (8, 64, 64)])
+@pytest.mark.parametrize("n", [1, 4, 8])
+@pytest.mark.parametrize(("block_T", "threads"), [(32, 32), (32, 256), (64, 64), (64, 128)])
 def test_every_block_shape(n, block_T, threads):
     check("coefficients", "cuda", n, 64, cfg={"block_T": block_T, "threads": threads})
     if n < 8 or block_T == 32:  # shared memory
