@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,10 +25,12 @@ import torch
 
 from mhc import profile
 from tl_kernels import KERNELS
+from tl_kernels.launch import device_arch
 from tuner.bench_case import PASSES, TOLERANCE, Shape
+from tuner.bench_compile import POLL_S, compile_ahead, program_key
 from tuner.bench_display import BenchDisplay
 from tuner.bench_entrant import Entrant, Spec, release
-from tuner.bench_kernels import bench_kernel, choices, compile_ahead
+from tuner.bench_kernels import bench_kernel, choices
 from tuner.bench_remote import RemoteEntrant, RivalWorker, WorkerGone, find_env, parse_envs
 from tuner.bench_report import chart, markdown
 from tuner.bench_rivals import RIVALS, rival, rival_names
@@ -192,14 +194,15 @@ def take_rounds(entrants: Sequence[Sampled], rounds: int, seconds: float, tick: 
 
 
 class Team:
-    """The rivals' processes. A costly rival has one process a shape, so that all its shapes compile beside each other."""
+    """The rivals' processes. A costly rival has one process a shape."""
 
     def __init__(self, plan: Plan, request: BenchRequest, clock: Clock) -> None:
         self.plan, self.request, self.clock = plan, request, clock
         self.missing: dict[str, str] = {}
         self._failed: dict[tuple[str, int], str] = {}
         self._workers: dict[tuple[str, int], RivalWorker] = {}
-        self._jobs: dict[tuple[str, int], list[Spec]] = {}
+        self._stopped = False
+        self.busy: list[str] = []  # who compiles now
 
     def is_remote(self, name: str) -> bool:
         return not self.request.in_process and (rival(name).isolated or find_env(name, self.plan.envs) is not None)
@@ -238,43 +241,52 @@ class Team:
                     found.append(replace(spec, chained=True))
         return found
 
-    def start(self, tick: Callable[[str], None]) -> None:
-        """Start every process and compile what it will need, all beside each other."""
+    def _jobs(self, place: int) -> dict[tuple[str, int], list[Spec]]:
+        """What the processes are to compile for a shape."""
         jobs: dict[tuple[str, int], list[Spec]] = {}
-        for place in range(len(self.plan.shapes)):
-            for spec in [*self.specs(place), *self.decode_specs(place)]:
-                if self.is_remote(spec.rival):
-                    jobs.setdefault(self._key(spec.rival, place), []).append(spec)
+        for spec in [*self.specs(place), *self.decode_specs(place)]:
+            at = self._key(spec.rival, place)
+            if self.is_remote(spec.rival) and spec.rival not in self.missing and at not in self._failed:
+                jobs.setdefault(at, []).append(spec)
+        return jobs
+
+    def start(self, place: int, tick: Callable[[str], None]) -> None:
+        """Compile what a shape needs, each rival in its process (started where it has none yet), all beside each other."""
+        jobs = self._jobs(place)
 
         def one(job: tuple[tuple[str, int], list[Spec]]) -> None:
-            (name, place), specs = job
+            at, specs = job
+            name = at[0]
+            self.busy.append(name)
             try:
-                worker = self._workers[name, place] = RivalWorker(str(self.plan.device), find_env(name, self.plan.envs))
-                worker.start()
+                worker = self._workers.get(at)
+                if worker is None:
+                    worker = self._workers[at] = RivalWorker(str(self.plan.device), find_env(name, self.plan.envs))
+                    if self._stopped:  # meanwhile
+                        worker.kill()
+                    worker.start()
                 missing = worker.warm(specs)
                 if missing:
                     self.missing[name] = missing
             except (WorkerGone, RuntimeError, OSError) as error:
-                self._failed[name, place] = one_line(error)
+                self._failed[at] = one_line(error)
+            self.busy.remove(name)
             tick(name)
 
         with ThreadPoolExecutor(max(1, len(jobs))) as pool:
             list(pool.map(one, jobs.items()))
-        self._jobs = jobs
 
-    def retune(self) -> None:
-        """What autotunes when first called did so among others: again, one process at a time, at the shapes that are compared."""
-        for (name, place), specs in self._jobs.items():
-            if (name, place) in self._failed or name in self.missing:
-                continue
+    def retune(self, place: int) -> None:
+        """What autotunes when first called did so among others: again, one process at a time, at the shape that is compared."""
+        for at, specs in self._jobs(place).items():
             try:
-                self._workers[name, place].retune([s for s in specs if s.layers == 1 and not s.decode])
+                self._workers[at].retune([s for s in specs if s.layers == 1 and not s.decode])
             except (WorkerGone, RuntimeError) as error:
-                self._failed[name, place] = one_line(error)
+                self._failed[at] = one_line(error)
 
-    @property
-    def processes(self) -> int:
-        return sum(1 for name in self.plan.rivals if self.is_remote(name) for _ in (self.plan.shapes if rival(name).costly else [0]))
+    def processes(self, place: int) -> int:
+        """How many processes compile for a shape."""
+        return len(self._jobs(place))
 
     def open(self, specs: Sequence[Spec], place: int, tick: Callable[[str], None]) -> list[Entrant | RemoteEntrant]:
         """Entrants, checked and ready, in the order of ``specs``; the processes work beside each other."""
@@ -325,6 +337,7 @@ class Team:
         return {name: w.versions for (name, _), w in self._workers.items() if find_env(name, self.plan.envs) is not None and w.versions}
 
     def kill(self) -> None:
+        self._stopped = True
         for worker in list(self._workers.values()):
             worker.kill()
 
@@ -351,6 +364,7 @@ class Bench:
         self.plan, self.request, self.display = plan, request, display
         self.clock = Clock(plan.device)
         self.team = Team(plan, request, self.clock)
+        self._compiled: set[Any] = set()  # programs that were asked for
         active = profile.active_profile(plan.device)
         self.result: dict[str, Any] = {
             "schema": 2,
@@ -364,6 +378,7 @@ class Bench:
             "seed": request.seed,
             "profile": None if active is None else {"gpu": active.provenance.gpu, "date": active.provenance.date},
             "missing": self.team.missing,
+            "compile_failures": [],
             "shapes": [],
         }
 
@@ -371,8 +386,8 @@ class Bench:
         """Every stage. What was measured before an exception is in the files."""
         start = time.monotonic()
         try:
-            self._compile()
             for place in range(len(self.plan.shapes)):
+                self._compile(place)
                 self._boundary(place)
                 self._decode(place)
                 self._kernels(place)
@@ -384,20 +399,27 @@ class Bench:
             self.write()
             self._chart()
 
-    def _compile(self) -> None:
-        programs = []
-        for shape in self.plan.shapes:
-            programs += choices(shape, self.request.dtype, self.plan.tokens, self.plan.device) if self._needs_ours(shape) else []
-        self.display.stage("compiling", len(programs) + self.team.processes)
-        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def _compile(self, place: int) -> None:
+        """What one shape needs, so that the results of those before it are written; each compile has a limit."""
+        shape, plan, arch = self.plan.shapes[place], self.plan, device_arch(self.plan.device)
+        found = choices(shape, self.request.dtype, plan.tokens, plan.device) if self._needs_ours(shape) else []
+        programs = [program for program in found if program_key(program, arch) not in self._compiled]
+        self._compiled |= {program_key(program, arch) for program in programs}
+        self.display.stage(f"{shape}: compiling", len(programs) + self.team.processes(place))
+        busy: Callable[[list[str]], None] = lambda names: self.display.busy([*names, *self.team.busy])  # noqa: E731
         with ThreadPoolExecutor(1) as beside:
-            rivals = beside.submit(self.team.start, self.display.tick)
+            rivals = beside.submit(self.team.start, place, self.display.tick)
             try:
-                compile_ahead(programs, self.plan.device, jobs, self.display.tick)
+                failures = compile_ahead(programs, arch, self.display.tick, busy)
+                self.result["compile_failures"] += failures
+                for one in failures:
+                    self.display.note(f"{one['kernel']} n={one['n']} C={one['C']} {one['config']}: not compiled: {one['failure']}")
+                while not wait([rivals], timeout=POLL_S).done:
+                    busy([])
                 rivals.result()
-                if self.plan.device.type == "cuda":
-                    self.display.stage("autotuning rivals", 1)
-                    self.team.retune()
+                if plan.device.type == "cuda":
+                    self.display.stage(f"{shape}: autotuning rivals", 1)
+                    self.team.retune(place)
             except BaseException:
                 self.team.kill()
                 raise

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tl_kernels.launch import compile_kernel, device_arch, get_launcher
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner.bench_case import Shape
 from tuner.bench_entrant import capture
+from tuner.compile_job import _device_shared_bytes as device_shared_bytes
 from tuner.compile_job import lowered_shared_bytes
 from tuner.cubin import Resources, blocks_per_sm, find_kernels, occupancy
 from tuner.errors import one_line
@@ -45,45 +45,24 @@ def _by_pytorch(impl: str, device: torch.device) -> bool:
     return device.type == "cpu" and (impl == "reference" or not backend.serves_tilelang(backend.current(), device))
 
 
-def compile_ahead(programs: Sequence[tuple[Kernel, Problem, Config]], device: torch.device, jobs: int, tick: Callable[[str], None]) -> None:
-    """Compile beside each other what will be timed. A program that does not compile says so later, where it is used."""
-    arch = device_arch(device)
-
-    def one(program: tuple[Kernel, Problem, Config]) -> str:
-        kernel, p, config = program
-        try:
-            get_launcher(kernel, p, config, arch)
-            if arch != "cpu":
-                resources(kernel, p, config, arch)
-        except Exception:  # it comes up again, in the row of who uses it
-            pass
-        return kernel.name
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for name in pool.map(one, programs):
-                tick(f"compiled {name}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 _RESOURCES: dict[Any, dict[str, Any]] = {}
 
 
-def resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
-    """Registers, stack and threads from the compiled image, dynamic shared memory from lowering once more, and the occupancy of both.
+def keep_resources(kernel: Kernel, p: Problem, config: Config, arch: str, found: dict[str, Any]) -> None:
+    """What :func:`resources` will say of a program that another process compiled."""
+    _RESOURCES[kernel, p, tuple(sorted(config.items())), arch] = found
 
-    Kept: lowering takes a second, and is done beside others.
-    """
+
+def resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
+    """Registers, stack, threads, shared memory and occupancy; kept from when the program was compiled ahead."""
     key = (kernel, p, tuple(sorted(config.items())), arch)
     if key not in _RESOURCES:
-        _RESOURCES[key] = _resources(kernel, p, config, arch)
+        _RESOURCES[key] = image_resources(get_launcher(kernel, p, config, arch).jit, kernel, p, config, arch)
     return _RESOURCES[key]
 
 
-def _resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
-    jit = get_launcher(kernel, p, config, arch).jit
+def image_resources(jit: Any, kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
+    """Registers, stack and threads from the compiled image, dynamic shared memory from lowering, and the occupancy of both."""
     folder = getattr(jit, "_tilelang_cache_path", None)
     if folder is not None:
         found = find_kernels((Path(folder) / "executable.so").read_bytes())
@@ -95,7 +74,9 @@ def _resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[st
     if not found:
         return {}
     worst = max(found, key=lambda r: (r.registers, r.stack))
-    shared = lowered_shared_bytes(kernel, kernel.build(p, config), config, arch) + worst.static_shared
+    artifact = getattr(jit, "artifact", None)  # None where it came from the cache: then lowering once more
+    dynamic = lowered_shared_bytes(kernel, kernel.build(p, config), config, arch) if artifact is None else device_shared_bytes(artifact)
+    shared = dynamic + worst.static_shared
     return {"shared": shared} | _summary(worst, arch, shared)
 
 
@@ -138,9 +119,9 @@ def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock,
         }
         rows.append(row)
         try:
+            found = resources(kernel, p, config, device_arch(device)) if device.type == "cuda" else {}
             calls.append(_call(kernel, p, config, impl, sets, device))
-            if device.type == "cuda":
-                row |= resources(kernel, p, config, device_arch(device))
+            row |= found
         except Exception as error:
             row["failure"] = one_line(error)
     good = [row for row in rows if row["failure"] is None]

@@ -145,7 +145,11 @@ class RivalWorker:
 
     def warm(self, specs: list[Spec]) -> str | None:
         """Compile what these need. Returns why the rival cannot be imported, or None."""
-        return self.call("warm", OPEN_S * max(1, len(specs)), specs=[asdict(s) for s in specs])
+        for spec in specs:  # one at a time: each has the limit to itself
+            missing: str | None = self.call("warm", OPEN_S, specs=[asdict(spec)])
+            if missing:
+                return missing
+        return None
 
     def retune(self, specs: list[Spec]) -> int:
         """Choose Triton configurations again, undisturbed; the caller sees to that."""

@@ -60,6 +60,9 @@ class _Process:
             stream.close()
         self._in = Connection(read_end, writable=False)
         self._out = Connection(write_end, readable=False)
+
+    def wait_ready(self) -> None:
+        """Wait until it takes jobs; meanwhile it can be killed."""
         self._receive(START_TIMEOUT_S)
 
     def _receive(self, timeout: float) -> tuple[str, Any]:
@@ -153,7 +156,8 @@ class WorkerPool:
             with self._lock:
                 self._processes[index] = process
                 if self._closed:
-                    process.close()
+                    process.kill()
+            process.wait_ready()
         return process
 
     def _drop(self, index: int) -> None:
