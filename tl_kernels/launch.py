@@ -22,6 +22,9 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 _LAUNCHERS: dict[Any, Launcher] = {}
 _COMPILING: dict[Any, threading.Lock] = {}
 _LOCK = threading.Lock()
+# Building a program parses its source. Before Python 3.11.5 two threads that parse at once can fail ("AST constructor recursion depth
+# mismatch"); tracing holds the GIL anyway.
+_TRACING = threading.Lock()
 
 
 def device_arch(device: torch.device) -> str:
@@ -34,7 +37,8 @@ def device_arch(device: torch.device) -> str:
 
 def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
     """The TileLang JITKernel of one configuration. Raises whatever TileLang, nvcc or g++ raise."""
-    func = kernel.build(p, cfg)
+    with _TRACING:
+        func = kernel.build(p, cfg)
     # it advises, at every load, against loading the way this package does
     logging.getLogger("tilelang.cache.kernel_cache").setLevel(logging.ERROR)
     if target == "cpu":
