@@ -22,9 +22,9 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 _LAUNCHERS: dict[Any, Launcher] = {}
 _COMPILING: dict[Any, threading.Lock] = {}
 _LOCK = threading.Lock()
-# Building a program parses its source. Before Python 3.11.5 two threads that parse at once can fail ("AST constructor recursion depth
-# mismatch"); tracing holds the GIL anyway.
-_TRACING = threading.Lock()
+# Tracing a program, and lowering one for CUDA, parses Python source. In Python 3.11 two threads that parse at once can fail ("AST
+# constructor recursion depth mismatch"); to compile several at once take processes.
+_PARSING = threading.Lock()
 
 
 def device_arch(device: torch.device) -> str:
@@ -37,7 +37,7 @@ def device_arch(device: torch.device) -> str:
 
 def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
     """The TileLang JITKernel of one configuration. Raises whatever TileLang, nvcc or g++ raise."""
-    with _TRACING:
+    with _PARSING:
         func = kernel.build(p, cfg)
     # it advises, at every load, against loading the way this package does
     logging.getLogger("tilelang.cache.kernel_cache").setLevel(logging.ERROR)
@@ -47,7 +47,8 @@ def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
         return compile_cpu(func)
     import tilelang
 
-    return tilelang.compile(func, target={"kind": "cuda", "arch": target}, pass_configs=kernel.pass_configs(cfg))
+    with _PARSING:
+        return tilelang.compile(func, target={"kind": "cuda", "arch": target}, pass_configs=kernel.pass_configs(cfg))
 
 
 class Launcher:

@@ -1,8 +1,9 @@
 """Every program compiles for every supported CUDA architecture from the one source; nvcc needs no GPU."""
 
+import multiprocessing
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -16,16 +17,17 @@ nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH"
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 
 
+def compile_default(name, arch):
+    """The CUDA source of a kernel's default configuration."""
+    kernel = KERNELS[name]
+    p = kernel.problem(4, 2560)
+    return compile_kernel(kernel, p, kernel.default(p), arch).get_kernel_source()
+
+
 @pytest.fixture(scope="module")
 def sources():
-    """Futures of the CUDA source of every (kernel, architecture), compiled on all cores: lowering and nvcc leave the GIL."""
-
-    def compile_default(name, arch):
-        kernel = KERNELS[name]
-        p = kernel.problem(4, 2560)
-        return compile_kernel(kernel, p, kernel.default(p), arch).get_kernel_source()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """Futures of the source of every (kernel, architecture), compiled on all cores in processes of their own."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         futures = {(name, arch): pool.submit(compile_default, name, arch) for arch in ARCHS for name in NAMES}
         yield futures
         for future in futures.values():
