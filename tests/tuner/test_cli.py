@@ -1,6 +1,7 @@
 """The command line from outside: help, one-line errors with exit code 2, Ctrl-C, and one real tuning run on the CPU target."""
 
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -126,10 +127,16 @@ def test_a_real_run_writes_a_profile_and_a_second_one_measures_nothing_new(tmp_p
     assert "0 configurations measured" in again.stdout
 
 
+def start(command, **kwargs):
+    """A child that Ctrl-C reaches also where this run is a shell's background job, which inherits an ignored SIGINT."""
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen, **kwargs)
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     command = [sys.executable, "-m", "tuner.cli", "--gpu", "cpu", "--kernels", "pre,pre_bwd,post_res", "--trials", "2", "--jobs", "1"]
-    child = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = start(command, cwd=tmp_path, env=environment())
     deadline = time.monotonic() + 150
     while not (tmp_path / "configs" / "cpu.yaml").exists():
         assert child.poll() is None, child.communicate()
@@ -149,7 +156,7 @@ def test_ctrl_c_ends_a_benchmark_with_what_it_has(tmp_path):
     args = "--gpu cpu --shapes 4x2x16 --rivals ours,eager,compile --layers 1 --tokens none --no-kernels --rounds 100000 --seconds 600"
     command = [sys.executable, "-m", "tuner.cli", "bench", *args.split(), "--out", "here"]
     env = {**environment(), "MHC_BACKEND": "reference"}
-    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = start(command, cwd=tmp_path, env=env)
     for line in child.stderr:
         if "boundaries" in line:  # opened within seconds, then sampled for minutes
             break
