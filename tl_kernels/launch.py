@@ -68,7 +68,7 @@ class Launcher:
         self._partial = any(t.partial for t in kernel.outputs)
         self._sums = [i for i, t in enumerate(kernel.outputs) if t.partial or t.split]
         # where T stands: (input, dimension); a second stage has none and always runs
-        self._T = next(((i, t.dims.split().index("T")) for i, t in enumerate(kernel.inputs) if "T" in t.dims.split()), None)
+        self._T = next(((i, t.token_dim) for i, t in enumerate(kernel.inputs) if t.token_dim is not None), None)
         self._flat = [i for i, t in enumerate((*kernel.inputs, *kernel.outputs)) if t.flat]
 
     def _plan(self, tensor):
@@ -142,7 +142,7 @@ class Launcher:
 def get_launcher(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Launcher:
     """The process-wide launcher of a configuration, compiled at the first call only.
 
-    Threads that ask for the same one wait for the first; threads that ask for others compile beside it.
+    Threads that ask for the same one wait for the first. Others compile beside it on the CPU target, after it for CUDA (``_PARSING``).
     """
     key = (kernel, p, tuple(sorted(cfg.items())), target)
     launcher = _LAUNCHERS.get(key)

@@ -75,6 +75,12 @@ class Tensor:
     #: The program declares ``[T, K]`` for these ``[T, n, C]``; the launcher passes a view.
     flat: bool = False
 
+    @property
+    def token_dim(self) -> int | None:
+        """Which dimension counts tokens, or None for a weight, its gradient and a second stage."""
+        names = self.dims.split()
+        return names.index("T") if "T" in names else None
+
     def shape(self, p: Problem, T: int, splits: int = 1) -> tuple[int, ...]:
         return self.resolve({"T": T, "n": p.n, "C": p.C, "M": p.M, "K": p.K, "Q": p.M + 1, "M+3": p.M + 3, "S": splits, "S2": splits})
 
@@ -135,7 +141,7 @@ class Kernel:
     @cached_property
     def has_tokens(self) -> bool:
         """Whether any tensor has T in its shape; a second stage has none, and takes the same time whatever T was."""
-        return any("T" in t.dims.split() for t in (*self.inputs, *self.outputs))
+        return any(t.token_dim is not None for t in (*self.inputs, *self.outputs))
 
     def bytes_moved(self, p: Problem, T: int) -> int:
         """Floor in bytes: every input read once, every result written once."""

@@ -50,12 +50,6 @@ def tolerance(tensor: Tensor, p: Problem) -> float:
     return TOLERANCE[p.dtype] if tensor.dtype == "stream" else TOLERANCE_COEFFICIENTS
 
 
-def token_dim(tensor: Tensor) -> int | None:
-    """Which dimension counts tokens, or None for a weight, its gradient and a second stage."""
-    dims = tensor.dims.split()
-    return dims.index("T") if "T" in dims else None
-
-
 @dataclass(frozen=True)
 class Case:
     """Inputs of one token count and their float64 answer."""
@@ -71,11 +65,11 @@ class Case:
 
 def reference_fp64(kernel: Kernel, p: Problem, inputs: Sequence[torch.Tensor], chunk_bytes: int = CHUNK_BYTES) -> tuple[torch.Tensor, ...]:
     """The kernel's reference in float64, in chunks of tokens: results with a T are joined, those without are sums over tokens."""
-    T = next((v.shape[d] for t, v in zip(kernel.inputs, inputs, strict=True) if (d := token_dim(t)) is not None), 1)
+    T = next((v.shape[d] for t, v in zip(kernel.inputs, inputs, strict=True) if (d := t.token_dim) is not None), 1)
     # every tensor with a T, at most four times wider in float64, and as much again three times for what autograd keeps
-    per_token = 16 * sum(t.nbytes(p, 1) for t in (*kernel.inputs, *kernel.outputs) if token_dim(t) is not None) or 1
+    per_token = 16 * sum(t.nbytes(p, 1) for t in (*kernel.inputs, *kernel.outputs) if t.token_dim is not None) or 1
     rows = max(1, min(T, chunk_bytes // per_token))
-    at = [token_dim(t) for t in kernel.inputs]
+    at = [t.token_dim for t in kernel.inputs]
     parts = []
     for start in range(0, T, rows):
         count = min(rows, T - start)
@@ -84,7 +78,7 @@ def reference_fp64(kernel: Kernel, p: Problem, inputs: Sequence[torch.Tensor], c
     results = []
     for i, tensor in enumerate(kernel.outputs):
         column = [part[i] for part in parts]
-        d = token_dim(tensor)
+        d = tensor.token_dim
         results.append(torch.stack(column).sum(0) if d is None else torch.cat(column, d))
     return tuple(results)
 
