@@ -27,6 +27,9 @@ def build(p, cfg):
     ring = 2 * delay
     T_ = T.dynamic("T")
 
+    def tag_of(use):
+        return T.bitwise_xor(T.bitwise_and(use // ring, T.uint32(1)), T.uint32(1))
+
     @T.macro
     def load(k, t1, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s):
         for j in T.unroll(n):
@@ -36,28 +39,32 @@ def build(p, cfg):
         fetch(H_res[t1 : t1 + bt, :, :], res_s[k % 2, :, :, :])
 
     @T.macro
-    def ask(slot, s, words, w):
+    def ask(use, g, s, words, w):
         """Words of a tile, whether or not they have been written yet."""
         for r in T.unroll(G):
             for e in T.Parallel(sums):
-                at = T.if_then_else(e < few, e, T.min(e - few + s * share + few, Q * bt - 1))
                 if e < few + share:
-                    w[r, e] = T.atomic_load(words[slot, r, at], memory_order="relaxed")
+                    at = e + T.if_then_else(e < few, 0, s * share)
+                    w[r, e] = T.atomic_load(words[g, use % ring, r, at], memory_order="relaxed")
 
     @T.macro
-    def finish(k, t1, c0, slot, tag, s, words, w, sum_f, sum_s, alpha, b, parts, u, x_s, pre_s, stored, u_f):
+    def finish(k, t1, c0, use, g, s, words, w, late, sum_f, sum_s, alpha, b, parts, u, x_s, pre_s, stored, u_f):
         """u of tile k, and this block's share of the sums over the group."""
+        T.clear(late)
         for r in T.unroll(G):
             for e in T.Parallel(sums):
-                at = T.if_then_else(e < few, e, T.min(e - few + s * share + few, Q * bt - 1))
                 if e < few + share:
-                    while T.cast(w[r, e], "uint32") != tag:
-                        w[r, e] = T.atomic_load(words[slot, r, at], memory_order="relaxed")
+                    late[e] = T.bitwise_or(late[e], T.bitwise_xor(w[r, e], tag_of(use)))
+        for e in T.Parallel(sums):
+            while T.bitwise_and(late[e], T.uint32(1)) != 0:
+                late[e] = T.uint32(0)
+                for r in T.unroll(G):
+                    w[r, e] = T.atomic_load(words[g, use % ring, r, e + T.if_then_else(e < few, 0, s * share)], memory_order="relaxed")
+                    late[e] = T.bitwise_or(late[e], T.bitwise_xor(w[r, e], tag_of(use)))
         T.clear(sum_f)
         for r in T.unroll(G):
             for e in T.Parallel(sums):
-                if e < few + share:
-                    sum_f[e] += T.reinterpret(T.cast(T.shift_right(w[r, e], T.uint64(32)), "uint32"), ACC)
+                sum_f[e] += T.reinterpret(T.bitwise_and(w[r, e], T.uint32(0xFFFFFFFE)), ACC)
         T.copy(sum_f, sum_s)
         for e in T.Parallel(sums):
             if e < few:
@@ -93,8 +100,8 @@ def build(p, cfg):
         y: T.Tensor((T_, n, C), dtype),
         parts: T.Tensor((1, Q, T_), ACC),
         u: T.Tensor((T_, C), dtype),
-        words: T.Tensor((groups * ring, G, Q * bt), "uint64"),
-        ctl: T.Tensor((2,), "uint32"),
+        words: T.Tensor((groups, ring, G, few + G * share), "uint32"),
+        ctl: T.Tensor((groups, 2), "uint32"),
     ):
         with T.Kernel(G, groups, threads=threads) as (s, g):
             T.annotate_min_blocks_per_sm(cfg["blocks"])
@@ -109,7 +116,8 @@ def build(p, cfg):
             pre_s = T.alloc_shared((bt, n), ACC)
             mean_s = T.alloc_shared((bt,), ACC)
             z_NT = T.alloc_fragment((2 * N, bt), ACC)
-            w = T.alloc_fragment((G, sums), "uint64")
+            w = T.alloc_fragment((G, sums), "uint32")
+            late = T.alloc_fragment((sums,), "uint32")
             sum_f = T.alloc_fragment((sums,), ACC)
             x_f = T.alloc_fragment((n, bt, bc), dtype)
             f_f = T.alloc_fragment((bt, bc), dtype)
@@ -119,7 +127,7 @@ def build(p, cfg):
             mean = T.alloc_fragment((bt,), ACC)
             u_f = T.alloc_fragment((bt, bc), ACC)
             epoch = T.alloc_var("uint32")
-            epoch = ctl[0]
+            epoch = ctl[g, 0]
             mine = T.ceildiv(T.ceildiv(T_, bt) - g, groups)
 
             if mine > 0:
@@ -136,7 +144,7 @@ def build(p, cfg):
                 if k + 1 < mine:
                     load(k + 1, t0 + groups * bt, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
                 if cfg["early"] and k >= delay:
-                    ask(g * ring + (k - delay) % ring, s, words, w)
+                    ask(epoch + T.cast(k - delay, "uint32"), g, s, words, w)
                 for j in T.unroll(n):
                     for t, c in T.Parallel(bt, bc):
                         x_f[j, t, c] = x_s[k % buffers, t, j * bc + c]
@@ -159,20 +167,20 @@ def build(p, cfg):
                             y[t0 + t, i, c0 + c] = stored[t, c]
                     for t, c in T.Parallel(bt, bc):
                         square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
-                if cfg["early"] == 0 and k >= delay:
-                    ask(g * ring + (k - delay) % ring, s, words, w)
                 if overlap:
                     T.wgmma_gemm(phi_s, x_s[k % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
                 else:
                     T.clear(z_NT)
                     T.gemm(phi_s, x_s[k % buffers, :, :], z_NT, transpose_B=True)
+                if cfg["early"] == 0 and k >= delay:
+                    ask(epoch + T.cast(k - delay, "uint32"), g, s, words, w)
                 T.reduce_sum(square, mean, dim=1)
                 for t in T.Parallel(bt):
                     mean_s[t] = mean[t] / K
                 if k >= delay:
                     finish(
-                        k - delay, t0 - delay * groups * bt, c0, g * ring + (k - delay) % ring, epoch + T.cast(k - delay + 1, "uint32"),
-                        s, words, w, sum_f, sum_s, alpha, b, parts, u, x_s, pre_s, stored, u_f,
+                        k - delay, t0 - delay * groups * bt, c0, epoch + T.cast(k - delay, "uint32"),
+                        g, s, words, w, late, sum_f, sum_s, alpha, b, parts, u, x_s, pre_s, stored, u_f,
                     )
                 if overlap:
                     T.wait_wgmma(0)
@@ -180,23 +188,23 @@ def build(p, cfg):
                 for m, t in T.Parallel(padded(Q, 8), bt):
                     if m < Q:
                         v = T.if_then_else(m < M, z_s[T.min(m, M - 1), t] + z_s[N + T.min(m, M - 1), t], mean_s[t])
-                        bits = T.shift_left(T.cast(T.reinterpret(v, "uint32"), "uint64"), T.uint64(32))
                         at = T.if_then_else(m < n, m, T.if_then_else(m < M, m + 1, n)) * bt + t
-                        word = T.bitwise_or(bits, T.cast(epoch + T.cast(k + 1, "uint32"), "uint64"))
-                        T.atomic_store(words[g * ring + k % ring, s, at], word, memory_order="relaxed")
+                        use = epoch + T.cast(k, "uint32")
+                        word = T.bitwise_or(T.bitwise_and(T.reinterpret(v, "uint32"), T.uint32(0xFFFFFFFE)), tag_of(use))
+                        T.atomic_store(words[g, use % ring, s, at], word, memory_order="relaxed")
             for d in T.unroll(delay):
                 if mine > delay - 1 - d:
                     k = mine - delay + d
-                    ask(g * ring + k % ring, s, words, w)
+                    ask(epoch + T.cast(k, "uint32"), g, s, words, w)
                     finish(
-                        k, (k * groups + g) * bt, c0, g * ring + k % ring, epoch + T.cast(k + 1, "uint32"),
-                        s, words, w, sum_f, sum_s, alpha, b, parts, u, x_s, pre_s, stored, u_f,
+                        k, (k * groups + g) * bt, c0, epoch + T.cast(k, "uint32"),
+                        g, s, words, w, late, sum_f, sum_s, alpha, b, parts, u, x_s, pre_s, stored, u_f,
                     )
             T.sync_threads()
             if T.get_thread_binding() == 0:
-                if T.atomic_add(ctl[1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G * groups - 1):
-                    ctl[1] = T.uint32(0)
-                    ctl[0] = epoch + T.cast(T.ceildiv(T.ceildiv(T_, bt), groups), "uint32")
+                if T.atomic_add(ctl[g, 1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G - 1):
+                    ctl[g, 1] = T.uint32(0)
+                    ctl[g, 0] = epoch + T.cast(T.max(mine, 0), "uint32")
 
     return post_res_project_pre
 
