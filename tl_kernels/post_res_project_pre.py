@@ -10,7 +10,7 @@ from tl_kernels.coefficients import sigmoid
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 
-BUFFERS = 5
+BUFFERS = 4
 RING = 4
 HELPERS = 128
 
@@ -74,7 +74,7 @@ def build(p, cfg):
             phi_s = T.alloc_shared((2 * N, kb), mma)
             z_s = T.alloc_shared((2 * N, bt + 4), ACC)
             sum_s = T.alloc_shared((sums,), ACC)
-            pre_s = T.alloc_shared((2, bt, n), ACC)
+            pre_s = T.alloc_shared((bt, n), ACC)
             mean_s = T.alloc_shared((2, bt), ACC)
             z_NT = T.alloc_fragment((2 * N, bt), ACC)
             w = T.alloc_fragment((G, sums), "uint32")
@@ -101,7 +101,7 @@ def build(p, cfg):
                     value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
                     phi_s[m, j * bc + c] = high(value, mma)
                     phi_s[N + m, j * bc + c] = low(value, mma)
-            for i in T.serial(mine + 3):
+            for i in T.serial(mine + 2):
                 T.ptx_wait_group(0)
                 T.sync_threads()
                 t0 = (i * groups + g) * bt
@@ -135,20 +135,21 @@ def build(p, cfg):
                         T.reduce_sum(square, mean, dim=1)
                         for t in T.Parallel(bt):
                             mean_s[i % 2, t] = mean[t] / K
-                    if i >= 3:
+                    if i >= 2:
+                        T.sync_threads(2, threads + HELPERS)
                         T.clear(u_f)
                         for q in T.unroll(n):
                             for t, c in T.Parallel(bt, bc):
-                                stored[t, c] = x_s[(i - 3) % BUFFERS, t, q * bc + c]
+                                stored[t, c] = x_s[(i - 2) % BUFFERS, t, q * bc + c]
                             for t, c in T.Parallel(bt, bc):
-                                u_f[t, c] += pre_s[(i - 3) % 2, t, q] * stored[t, c]
+                                u_f[t, c] += pre_s[t, q] * stored[t, c]
                         for t, c in T.Parallel(bt, bc):
-                            if t0 - 3 * step + t < T_ and c0 + c < C:
-                                u[t0 - 3 * step + t, c0 + c] = u_f[t, c]
+                            if t0 - 2 * step + t < T_ and c0 + c < C:
+                                u[t0 - 2 * step + t, c0 + c] = u_f[t, c]
                 else:
                     asked = epoch + T.cast(i + 2 * RING - 2, "uint32")  # a whole period more, so that it stays positive
                     given = epoch + T.cast(i + 2 * RING - 1, "uint32")
-                    if i >= 2 and i < mine + 2:
+                    if i >= 2:
                         for r in T.unroll(G):
                             for e in T.Parallel(sums):
                                 if e < few + share:
@@ -165,7 +166,7 @@ def build(p, cfg):
                                 )
                                 word = T.bitwise_or(T.bitwise_and(T.reinterpret(v, "uint32"), T.uint32(0xFFFFFFFE)), tag_of(given))
                                 T.atomic_store(words[g, given % RING, s, e], word, memory_order="relaxed")
-                    if i >= 2 and i < mine + 2:
+                    if i >= 2:
                         T.clear(late)
                         for r in T.unroll(G):
                             for e in T.Parallel(sums):
@@ -196,7 +197,8 @@ def build(p, cfg):
                         for t, q in T.Parallel(bt, n):
                             rinv = T.rsqrt(sum_s[n * bt + t] + norm_eps)
                             h = alpha[0] * T.if_then_else(rinv > 0, sum_s[q * bt + t] * rinv, 0.0) + b[q]
-                            pre_s[i % 2, t, q] = sigmoid(h) + pre_eps
+                            pre_s[t, q] = sigmoid(h) + pre_eps
+                        T.named_barrier_arrive(2, threads + HELPERS)
             T.sync_threads()
             if tx == 0:
                 if T.atomic_add(ctl[g, 1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G - 1):
