@@ -21,7 +21,7 @@ def build(p, cfg):
     G, N, rows, kb, Q = ceildiv(C, bc), half(p), padded(M, 8), n * bc, M + 1
     few = (n + 1) * bt
     share = ceildiv((M - n) * bt, G)
-    sums, all_words = padded(few + share, HELPERS), padded(Q * bt, HELPERS)
+    sums = padded(few + share, HELPERS)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     vec = vector_width(p)
     T_ = T.dynamic("T")
@@ -40,6 +40,13 @@ def build(p, cfg):
 
     def tag_of(use):
         return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
+
+    def marked(value, use):
+        return T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag_of(use))
+
+    def place(e, s):
+        """Where block s finds the words it adds: H_pre's and the mean, which every block needs, then a share of the others."""
+        return e + T.if_then_else(e < n * bt, 0, T.if_then_else(e < few, (M - n) * bt, s * share - bt))
 
     @T.macro
     def load(k, t1, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s):
@@ -61,10 +68,10 @@ def build(p, cfg):
         y: T.Tensor((T_, n, C), dtype),
         parts: T.Tensor((1, Q, T_), ACC),
         u: T.Tensor((T_, C), dtype),
-        words: T.Tensor((groups, RING, G, few + G * share), "uint32"),
+        words: T.Tensor((groups, RING, G, padded(Q * bt, 4) + share), "uint32"),
         ctl: T.Tensor((groups, 2), "uint32"),
     ):
-        with T.Kernel(G, groups, threads=threads + HELPERS) as (s, g):
+        with T.Kernel(G, groups, threads=threads + 2 * HELPERS) as (s, g):
             tx = T.get_thread_binding()
             c0 = s * bc
             x_s = T.alloc_shared((BUFFERS, bt, kb), dtype)
@@ -146,59 +153,54 @@ def build(p, cfg):
                         for t, c in T.Parallel(bt, bc):
                             if t0 - 2 * step + t < T_ and c0 + c < C:
                                 u[t0 - 2 * step + t, c0 + c] = u_f[t, c]
-                else:
-                    asked = epoch + T.cast(i + 2 * RING - 2, "uint32")  # a whole period more, so that it stays positive
-                    given = epoch + T.cast(i + 2 * RING - 1, "uint32")
-                    if i >= 2:
-                        for r in T.unroll(G):
-                            for e in T.Parallel(sums):
-                                if e < few + share:
-                                    w[r, e] = T.atomic_load(words[g, asked % RING, r, e + T.if_then_else(e < few, 0, s * share)], memory_order="relaxed")
+                elif tx < threads + HELPERS:
+                    # z of the tile before, for the whole group
                     if i >= 1 and i < mine + 1:
+                        use = epoch + T.cast(i + 2 * RING - 1, "uint32")
                         T.gemm(phi_s, x_s[(i - 1) % BUFFERS, :, :], z_NT, transpose_B=True, clear_accum=True)
                         T.copy(z_NT, z_s[:, 0:bt])
                         T.sync_threads(1, HELPERS)
-                        for e in T.Parallel(all_words):
-                            if e < Q * bt:
-                                m = e // bt - T.if_then_else(e < few, 0, 1)
-                                v = T.if_then_else(
-                                    e // bt == n, mean_s[(i - 1) % 2, e % bt], z_s[T.min(m, M - 1), e % bt] + z_s[N + T.min(m, M - 1), e % bt]
-                                )
-                                word = T.bitwise_or(T.bitwise_and(T.reinterpret(v, "uint32"), T.uint32(0xFFFFFFFE)), tag_of(given))
-                                T.atomic_store(words[g, given % RING, s, e], word, memory_order="relaxed")
+                        for m, t in T.Parallel(padded(M, HELPERS // bt), bt):
+                            if m < M:
+                                T.atomic_store(words[g, use % RING, s, m * bt + t], marked(z_s[m, t] + z_s[N + m, t], use), memory_order="relaxed")
+                        for t in T.Parallel(bt):
+                            T.atomic_store(words[g, use % RING, s, M * bt + t], marked(mean_s[(i - 1) % 2, t], use), memory_order="relaxed")
+                else:
+                    # H_pre of the tile before that, and this block's share of the sums over the group
                     if i >= 2:
+                        use = epoch + T.cast(i + 2 * RING - 2, "uint32")  # a whole period more, so that it stays positive
+                        t2 = t0 - 2 * step
+                        for r in T.unroll(G):
+                            for e in T.Parallel(sums):
+                                if e < few + share:
+                                    w[r, e] = T.atomic_load(words[g, use % RING, r, place(e, s)], memory_order="relaxed")
                         T.clear(late)
                         for r in T.unroll(G):
                             for e in T.Parallel(sums):
                                 if e < few + share:
-                                    late[e] = T.bitwise_or(late[e], T.bitwise_xor(w[r, e], tag_of(asked)))
+                                    late[e] = T.bitwise_or(late[e], T.bitwise_xor(w[r, e], tag_of(use)))
                         for e in T.Parallel(sums):
                             while T.bitwise_and(late[e], T.uint32(1)) != 0:
                                 late[e] = T.uint32(0)
                                 for r in T.unroll(G):
-                                    w[r, e] = T.atomic_load(words[g, asked % RING, r, e + T.if_then_else(e < few, 0, s * share)], memory_order="relaxed")
-                                    late[e] = T.bitwise_or(late[e], T.bitwise_xor(w[r, e], tag_of(asked)))
+                                    w[r, e] = T.atomic_load(words[g, use % RING, r, place(e, s)], memory_order="relaxed")
+                                    late[e] = T.bitwise_or(late[e], T.bitwise_xor(w[r, e], tag_of(use)))
                         T.clear(sum_f)
                         for r in T.unroll(G):
                             for e in T.Parallel(sums):
                                 sum_f[e] += T.reinterpret(T.bitwise_and(w[r, e], T.uint32(0xFFFFFFFE)), ACC)
                         for e in T.Parallel(sums):
                             sum_s[e] = sum_f[e]
-                        t2 = t0 - 2 * step
-                        for e in T.Parallel(sums):
-                            if e < few:
-                                if s == 0 and t2 + e % bt < T_:
-                                    parts[0, T.if_then_else(e // bt < n, e // bt, M), t2 + e % bt] = sum_f[e]
-                            elif e < few + share:
-                                a = e - few + s * share
-                                if a < (M - n) * bt and t2 + a % bt < T_:
-                                    parts[0, n + a // bt, t2 + a % bt] = sum_f[e]
-                        T.sync_threads(1, HELPERS)
+                        T.sync_threads(3, HELPERS)
                         for t, q in T.Parallel(bt, n):
                             rinv = T.rsqrt(sum_s[n * bt + t] + norm_eps)
                             h = alpha[0] * T.if_then_else(rinv > 0, sum_s[q * bt + t] * rinv, 0.0) + b[q]
                             pre_s[t, q] = sigmoid(h) + pre_eps
                         T.named_barrier_arrive(2, threads + HELPERS)
+                        for e in T.Parallel(sums):
+                            at = place(e, s)
+                            if (e >= few or s == 0) and e < few + share and at < Q * bt and t2 + at % bt < T_:
+                                parts[0, at // bt, t2 + at % bt] = sum_f[e]
             T.sync_threads()
             if tx == 0:
                 if T.atomic_add(ctl[g, 1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G - 1):
@@ -213,4 +215,4 @@ def half(p):
     return padded(p.M, 32 if p.n <= 4 else 8)
 
 
-PASS = {"tl.enable_fast_math": True, "tl.disable_warp_specialized": True, "tl.disable_thread_storage_sync": True}
+PASS = {"tl.enable_fast_math": True, "tl.disable_warp_specialized": True, "tl.disable_thread_storage_sync": True, "tl.disable_safe_memory_legalize": True}
