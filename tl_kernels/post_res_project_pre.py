@@ -10,20 +10,21 @@ from tl_kernels.coefficients import sigmoid
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 
-BUFFERS = 4
 RING = 4
 HELPERS = 128
 
 
 def build(p, cfg):
     n, C, M, K, dtype, mma = p.n, p.C, p.M, p.K, p.dtype, mma_dtype(p)
-    bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
+    bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
+    BUFFERS, AHEAD = ahead + 3, ahead + 1
+    vec = vector_width(p)
+    part = min(bt, threads * vec // bc)
     G, N, rows, kb, Q = ceildiv(C, bc), half(p), padded(M, 8), n * bc, M + 1
     few = (n + 1) * bt
     share = ceildiv((M - n) * bt, G)
     sums = padded(few + share, HELPERS)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
-    vec = vector_width(p)
     T_ = T.dynamic("T")
 
     def thread_of(t, c):
@@ -32,10 +33,10 @@ def build(p, cfg):
     def index_of(t, c):
         return (t * bc + c) // vec // threads * vec + c % vec
 
-    each = ceildiv(bt * bc, threads)
-    tile = T.Fragment((bt, bc), forward_thread_fn=thread_of, forward_index_fn=index_of)
+    each = ceildiv(part * bc, threads)
+    tile = T.Fragment((part, bc), forward_thread_fn=thread_of, forward_index_fn=index_of)
     tiles = T.Fragment(
-        (n, bt, bc), forward_thread_fn=lambda j, t, c: thread_of(t, c), forward_index_fn=lambda j, t, c: j * each + index_of(t, c)
+        (n, part, bc), forward_thread_fn=lambda j, t, c: thread_of(t, c), forward_index_fn=lambda j, t, c: j * each + index_of(t, c)
     )
 
     def tag_of(use):
@@ -52,9 +53,9 @@ def build(p, cfg):
     def load(k, t1, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s):
         for j in T.unroll(n):
             T.async_copy(x[t1 : t1 + bt, j, c0 : c0 + bc], x_s[k % BUFFERS, :, j * bc : j * bc + bc])
-        T.async_copy(f[t1 : t1 + bt, c0 : c0 + bc], f_s[k % 2, :, :])
-        T.async_copy(H_post[t1 : t1 + bt, :], post_s[k % 2, :, :])
-        T.async_copy(H_res[t1 : t1 + bt, :, :], res_s[k % 2, :, :, :])
+        T.async_copy(f[t1 : t1 + bt, c0 : c0 + bc], f_s[k % AHEAD, :, :])
+        T.async_copy(H_post[t1 : t1 + bt, :], post_s[k % AHEAD, :, :])
+        T.async_copy(H_res[t1 : t1 + bt, :, :], res_s[k % AHEAD, :, :, :])
 
     @T.prim_func
     def post_res_project_pre(
@@ -75,9 +76,9 @@ def build(p, cfg):
             tx = T.get_thread_binding()
             c0 = s * bc
             x_s = T.alloc_shared((BUFFERS, bt, kb), dtype)
-            f_s = T.alloc_shared((2, bt, bc), dtype)
-            post_s = T.alloc_shared((2, bt, n), ACC)
-            res_s = T.alloc_shared((2, bt, n, n), ACC)
+            f_s = T.alloc_shared((AHEAD, bt, bc), dtype)
+            post_s = T.alloc_shared((AHEAD, bt, n), ACC)
+            res_s = T.alloc_shared((AHEAD, bt, n, n), ACC)
             phi_s = T.alloc_shared((2 * N, kb), mma)
             z_s = T.alloc_shared((2 * N, bt + 4), ACC)
             sum_s = T.alloc_shared((sums,), ACC)
@@ -87,13 +88,13 @@ def build(p, cfg):
             w = T.alloc_fragment((G, sums), "uint32")
             late = T.alloc_fragment((sums,), "uint32")
             sum_f = T.alloc_fragment((sums,), ACC)
-            x_f = T.alloc_fragment((n, bt, bc), dtype)
-            f_f = T.alloc_fragment((bt, bc), dtype)
-            y_f = T.alloc_fragment((bt, bc), ACC)
-            stored = T.alloc_fragment((bt, bc), dtype)
-            square = T.alloc_fragment((bt, bc), ACC)
-            mean = T.alloc_fragment((bt,), ACC)
-            u_f = T.alloc_fragment((bt, bc), ACC)
+            x_f = T.alloc_fragment((n, part, bc), dtype)
+            f_f = T.alloc_fragment((part, bc), dtype)
+            y_f = T.alloc_fragment((part, bc), ACC)
+            stored = T.alloc_fragment((part, bc), dtype)
+            square = T.alloc_fragment((part, bc), ACC)
+            mean = T.alloc_fragment((part,), ACC)
+            u_f = T.alloc_fragment((part, bc), ACC)
             T.annotate_layout({x_f: tiles, f_f: tile, y_f: tile, stored: tile, square: tile, u_f: tile})
             epoch = T.alloc_var("uint32")
             epoch = ctl[g, 0]
@@ -101,58 +102,66 @@ def build(p, cfg):
             step = groups * bt
 
             if tx < threads:
-                if mine > 0:
-                    load(0, g * bt, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
+                for q in T.unroll(ahead):
+                    if q < mine:
+                        load(q, (q * groups + g) * bt, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
             for j in T.unroll(n):
                 for m, c in T.Parallel(rows, bc):
                     value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
                     phi_s[m, j * bc + c] = high(value, mma)
                     phi_s[N + m, j * bc + c] = low(value, mma)
             for i in T.serial(mine + 2):
-                T.ptx_wait_group(0)
+                if ahead > 1 and i + ahead <= mine:
+                    T.ptx_wait_group((ahead - 1) * (n + 3))
+                else:
+                    T.ptx_wait_group(0)
                 T.sync_threads()
                 t0 = (i * groups + g) * bt
                 if tx < threads:
-                    if i + 1 < mine:
-                        load(i + 1, t0 + step, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
+                    if i + ahead < mine:
+                        load(i + ahead, t0 + ahead * step, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
                     if i < mine:
-                        for j in T.unroll(n):
-                            for t, c in T.Parallel(bt, bc):
-                                x_f[j, t, c] = x_s[i % BUFFERS, t, j * bc + c]
-                        for t, c in T.Parallel(bt, bc):
-                            f_f[t, c] = f_s[i % 2, t, c]
-                        T.clear(square)
-                        for q in T.unroll(n):
-                            for t, c in T.Parallel(bt, bc):
-                                y_f[t, c] = post_s[i % 2, t, q] * f_f[t, c]
+                        for h in T.serial(bt // part):
+                            h0 = h * part
                             for j in T.unroll(n):
-                                for t, c in T.Parallel(bt, bc):
-                                    y_f[t, c] += res_s[i % 2, t, q, j] * x_f[j, t, c]
-                            # what the next sublayer reads is the rounded y: project that
-                            for t, c in T.Parallel(bt, bc):
-                                stored[t, c] = y_f[t, c]
-                            for t, c in T.Parallel(bt, bc):
-                                x_s[i % BUFFERS, t, q * bc + c] = stored[t, c]
-                            for t, c in T.Parallel(bt, bc):
-                                if t0 + t < T_ and c0 + c < C:
-                                    y[t0 + t, q, c0 + c] = stored[t, c]
-                            for t, c in T.Parallel(bt, bc):
-                                square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
+                                for t, c in T.Parallel(part, bc):
+                                    x_f[j, t, c] = x_s[i % BUFFERS, h0 + t, j * bc + c]
+                            for t, c in T.Parallel(part, bc):
+                                f_f[t, c] = f_s[i % AHEAD, h0 + t, c]
+                            T.clear(square)
+                            for q in T.unroll(n):
+                                for t, c in T.Parallel(part, bc):
+                                    y_f[t, c] = post_s[i % AHEAD, h0 + t, q] * f_f[t, c]
+                                for j in T.unroll(n):
+                                    for t, c in T.Parallel(part, bc):
+                                        y_f[t, c] += res_s[i % AHEAD, h0 + t, q, j] * x_f[j, t, c]
+                                # what the next sublayer reads is the rounded y: project that
+                                for t, c in T.Parallel(part, bc):
+                                    stored[t, c] = y_f[t, c]
+                                for t, c in T.Parallel(part, bc):
+                                    x_s[i % BUFFERS, h0 + t, q * bc + c] = stored[t, c]
+                                for t, c in T.Parallel(part, bc):
+                                    if t0 + h0 + t < T_ and c0 + c < C:
+                                        y[t0 + h0 + t, q, c0 + c] = stored[t, c]
+                                for t, c in T.Parallel(part, bc):
+                                    square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
+                            T.reduce_sum(square, mean, dim=1)
+                            for t in T.Parallel(part):
+                                mean_s[i % 2, h0 + t] = mean[t] / K
                         T.fence_proxy_async()
-                        T.reduce_sum(square, mean, dim=1)
-                        for t in T.Parallel(bt):
-                            mean_s[i % 2, t] = mean[t] / K
                     if i >= 2:
                         T.sync_threads(2, threads + HELPERS)
-                        T.clear(u_f)
-                        for q in T.unroll(n):
-                            for t, c in T.Parallel(bt, bc):
-                                stored[t, c] = x_s[(i - 2) % BUFFERS, t, q * bc + c]
-                            for t, c in T.Parallel(bt, bc):
-                                u_f[t, c] += pre_s[t, q] * stored[t, c]
-                        for t, c in T.Parallel(bt, bc):
-                            if t0 - 2 * step + t < T_ and c0 + c < C:
-                                u[t0 - 2 * step + t, c0 + c] = u_f[t, c]
+                        for h in T.serial(bt // part):
+                            h0 = h * part
+                            T.clear(u_f)
+                            for q in T.unroll(n):
+                                for t, c in T.Parallel(part, bc):
+                                    stored[t, c] = x_s[(i - 2) % BUFFERS, h0 + t, q * bc + c]
+                                for t, c in T.Parallel(part, bc):
+                                    u_f[t, c] += pre_s[h0 + t, q] * stored[t, c]
+                            for t, c in T.Parallel(part, bc):
+                                if t0 - 2 * step + h0 + t < T_ and c0 + c < C:
+                                    u[t0 - 2 * step + h0 + t, c0 + c] = u_f[t, c]
                 elif tx < threads + HELPERS:
                     # z of the tile before, for the whole group
                     if i >= 1 and i < mine + 1:
