@@ -23,7 +23,9 @@ FUSED = (
     "post_res_grads",
     "sum_parts",
 )
-NAMES = STEPS + FUSED
+#: Shortcuts of the fused boundary for problems they serve (``Kernel.unserved``), on Hopper and later.
+WHOLE = ("project_pre", "post_res_project_pre")
+NAMES = STEPS + FUSED + WHOLE
 
 
 class _Registry(Mapping[str, Kernel]):

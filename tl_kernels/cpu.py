@@ -4,15 +4,23 @@ What the rewrite does. On the function: lower reducers to plain stores, ``T.gemm
 bfloat16 to rounding by hand. On TVM's JSON of it: drop layout annotations, put fragments and shared memory into local arrays, make
 ``T.Parallel`` serial, and store bfloat16 as float32, which the C backend lacks (the launcher converts at both ends). TVM's JSON is internal
 to it: tilelang is pinned, and tests/tl_kernels/test_cpu.py fails loudly when it moves.
+
+Roles of warps (``if tx < 256: ... else: ...``) run one after another in an order their named barriers allow, and barriers then do nothing.
+Blocks that wait for each other, in a loop around ``T.atomic_load``, get an OS thread each; all others run one after another.
 """
 
 import functools
+import itertools
 import json
 import shutil
+import threading
+import time
 
 import tilelang
 import tilelang.language as T  # noqa: F401  (registers the dialect)
+import torch
 from tilelang import tvm
+from tilelang.jit.adapter.wrapper import TLCPUSourceWrapper
 from tvm import tirx
 
 SCOPES = {"local.fragment", "shared.dyn", "shared", "local.reducer"}
@@ -21,6 +29,37 @@ PASS_CONFIGS = {"tirx.disable_vectorize": True}
 FLAGS = ("-O2",)
 PARALLEL = 1  # tirx.ForKind
 SERIAL = 0
+COMPARE = (tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE)
+# One thread plays all roles, so there is nobody to wait for: copies are done when they are issued, products and roles in program order.
+NOTHING = {
+    "tirx.tvm_storage_sync",
+    "tirx.ptx_wait_group",
+    "tirx.ptx_commit_group",
+    "tl.ptx_wait_group",
+    "tl.named_barrier_arrive",
+    "tl.fence_proxy_async",
+    "tl.wait_wgmma",
+    "tl.set_max_nreg",
+}
+# TileLang's own lowering for target ``c`` makes plain loads and stores of these, which the compiler may move out of a loop. GCC's builtins
+# do not: here in functions, as TileLang declares all that is called. Sequentially consistent, whatever order was asked for.
+ATOMICS = {
+    "tl.atomic_load_elem_op": "cpu_load",
+    "tl.atomic_store_elem_op": "cpu_store",
+    "tl.atomic_add_elem_op": "cpu_add",
+    "tl.atomic_add_ret_elem_op": "cpu_add",
+}
+RUNTIME = r"""
+#include <sched.h>
+#define CPU_ATOMICS(name) \
+  extern "C" name##_t cpu_load_##name(name##_t* p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
+  extern "C" int32_t cpu_store_##name(name##_t* p, name##_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); return 0; } \
+  extern "C" name##_t cpu_add_##name(name##_t* p, name##_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+CPU_ATOMICS(int32) CPU_ATOMICS(uint32) CPU_ATOMICS(int64) CPU_ATOMICS(uint64)
+extern "C" int32_t cpu_yield() { return sched_yield(); }
+"""
+STACK = 64 << 20  # bytes a block's OS thread gets: tile buffers are arrays on its stack
+_STACK_LOCK = threading.Lock()
 
 
 def available():
@@ -40,6 +79,9 @@ def _register_intrinsics():
     register("tl.fast_rcp", lambda op: tirx.const(1.0, op.dtype) / op.args[0])
     for name in ("tl.pdl_sync", "tl.pdl_trigger"):
         register(name, lambda op: tirx.const(0, "int32"))
+    TLCPUSourceWrapper._TYPE_MAP.setdefault("uint32", "uint32_t")  # an argument type it forgot
+    if RUNTIME not in TLCPUSourceWrapper.INIT_FUNC:  # what it puts into every program
+        TLCPUSourceWrapper.INIT_FUNC += RUNTIME
 
 
 def _reducers(func):
@@ -103,7 +145,7 @@ def _lower_tile_ops(func):
             return tile_op("tl.tileop.copy", *call.args)
         if name == "tl.tileop.gemm":
             return _lower_gemm(call)
-        if name.endswith("ptx_wait_group"):
+        if name in NOTHING:
             return tirx.Evaluate(0)
         if name == "tl.reducer_update":
             target, value = call.args
@@ -124,9 +166,157 @@ def _lower_tile_ops(func):
     return func.with_body(tirx.stmt_functor.ir_transform(body, None, _round_bfloat16, ["tirx.Cast"]))
 
 
-def to_cpu(func):
-    """Rewrite a CUDA PrimFunc for target ``c``. bfloat16 arguments become float32."""
+def _op(node):
+    """Name of the intrinsic a node calls, or an empty string."""
+    return getattr(getattr(node, "op", None), "name", "") if isinstance(node, tirx.Call) else ""
+
+
+def _find(node, wanted):
+    """All nodes below one for which ``wanted`` holds."""
+    found = []
+    tirx.stmt_functor.post_order_visit(node, lambda part: found.append(part) if wanted(part) else None)
+    return found
+
+
+def _barriers(stmt):
+    """Named barriers a role waits at, and those it only arrives at."""
+    waits, arrives = set(), set()
+    for call in _find(stmt, _op):
+        if _op(call) == "tirx.tvm_storage_sync":
+            waits.add(str(call.args[1]) if len(call.args) > 1 else "of the block")
+        elif _op(call) == "tl.named_barrier_arrive":
+            arrives.add(str(call.args[0]))
+    return waits, arrives
+
+
+def _arrange(roles, order):
+    """Roles one after another: those that only arrive at a barrier before those that wait there, else as written.
+
+    Every legal order must give the same results. ``order`` picks another of them, so that a test can look for races.
+    """
+    waits, arrives = zip(*(_barriers(role) for role in roles), strict=True)
+    for i, j in itertools.combinations(range(len(roles)), 2):
+        if waits[i] & waits[j]:
+            raise ValueError(f"two roles wait for each other at barrier {', '.join(sorted(waits[i] & waits[j]))}: not for the CPU target")
+
+    def legal(chosen):
+        return not any(waits[first] & arrives[then] for first, then in itertools.combinations(chosen, 2))
+
+    orders = [chosen for chosen in itertools.permutations(range(len(roles))) if legal(chosen)]
+    if not orders:
+        raise ValueError("each of the roles waits at a barrier for another: not for the CPU target, which runs them one after another")
+    return [roles[i] for i in orders[order % len(orders)]]
+
+
+def _lower_roles(body, order):
+    """One thread plays every role: branches on the thread index all run. It has no other use on this target."""
+    threads = {
+        bind.var for bind in _find(body, lambda node: isinstance(node, tirx.stmt.Bind) and _op(node.value) == "tl.launch_thread_idx")
+    }
+
+    def uses_thread(node):
+        return bool(_find(node, lambda part: isinstance(part, tirx.Var) and part in threads))
+
+    def conjuncts(node):
+        return [*conjuncts(node.a), *conjuncts(node.b)] if isinstance(node, tirx.And) else [node]
+
+    def is_role(condition):
+        """A thread index compared with a number."""
+        if not isinstance(condition, COMPARE):
+            return False
+        kinds = {"thread" if side in threads else "number" if isinstance(side, tirx.IntImm) else "" for side in (condition.a, condition.b)}
+        return kinds == {"thread", "number"}
+
+    def branches(stmt):
+        """Branches of an if that chooses among roles, of all its elifs too."""
+        if not (isinstance(stmt, tirx.IfThenElse) and uses_thread(stmt.condition)):
+            return [stmt]
+        parts = conjuncts(stmt.condition)
+        others = [part for part in parts if not uses_thread(part)]
+        if any(uses_thread(part) and not is_role(part) for part in parts) or (others and stmt.else_case):
+            raise ValueError(f"a role is chosen by comparing the thread index with a number, got: {stmt.condition}")
+        role = stmt.then_case if not others else tirx.IfThenElse(functools.reduce(tirx.And, others), stmt.then_case, None)
+        return [role, *(branches(stmt.else_case) if stmt.else_case else [])]
+
+    def lower(stmt):
+        if not uses_thread(stmt.condition):
+            return None
+        roles = [transform(role) for role in _arrange(branches(stmt), order)]
+        return tirx.SeqStmt(roles) if len(roles) > 1 else roles[0]
+
+    def transform(stmt):
+        return tirx.stmt_functor.ir_transform(stmt, lower, None, ["tirx.IfThenElse"])
+
+    body = transform(body) if threads else body
+    if threads and uses_thread(body):
+        raise ValueError("the thread index may only choose roles on the CPU target: `if tx < 128`")
+    return body
+
+
+def _is_waiting(stmt):
+    return isinstance(stmt, tirx.While) and bool(_find(stmt, lambda node: _op(node) == "tl.atomic_load_elem_op"))
+
+
+def _lower_waiting(body, stop):
+    """A loop that waits gives way to other OS threads, and ends when the buffer ``stop`` (None: no such) is set."""
+
+    def lower(stmt):
+        if not _is_waiting(stmt):
+            return None
+        condition = stmt.condition
+        if stop is not None:
+            stopped = tirx.call_extern("int32", "cpu_load_int32", tirx.address_of(tirx.BufferLoad(stop, [0])))
+            condition = tirx.And(stopped == 0, condition)
+        return tirx.While(condition, tirx.SeqStmt([stmt.body, tirx.Evaluate(tirx.call_extern("int32", "cpu_yield"))]))
+
+    return tirx.stmt_functor.ir_transform(body, None, lower, ["tirx.While"])
+
+
+def _lower_atomic(call):
+    name = ATOMICS.get(_op(call))
+    if name is None:
+        return None
+    address, *values = call.args[:-1]  # the last one is the order
+    dtype = str(address.args[0].dtype) if _op(address) == "tl.access_ptr" else "pointer"
+    if dtype not in ("int32", "uint32", "int64", "uint64"):
+        raise ValueError(f"atomics on the CPU target: got {dtype}, wanted elements of 32 or 64 bit integers")
+    return tirx.call_extern("int32" if name == "cpu_store" else dtype, f"{name}_{dtype}", address, *values)
+
+
+def _grid(func):
+    """The loops over blocks, x first."""
+    loops = _find(func.body, lambda node: isinstance(node, tirx.For) and node.thread_binding is not None)
+    loops = [loop for loop in loops if loop.thread_binding.thread_tag.startswith("blockIdx.")]
+    return sorted(loops, key=lambda loop: loop.thread_binding.thread_tag)
+
+
+def _one_block(func):
+    """The function for one block: its index in each dimension of the grid, and a flag that ends all waiting, are arguments more.
+
+    Returns it with the flag's buffer and the grid's extents.
+    """
+    loops = _grid(func)
+    if not all(isinstance(loop.extent, tirx.IntImm) for loop in loops):
+        raise ValueError(f"{func.attrs['global_symbol']}: a grid of blocks that wait for each other must be static on the CPU target")
+    index = {loop.loop_var: tirx.Var(f"cpu_block_{i}", "int32") for i, loop in enumerate(loops)}
+    handle, stop = tirx.Var("cpu_stop_handle", "handle"), tirx.decl_buffer((1,), "int32", "cpu_stop")
+
+    def lower(loop):
+        if loop.loop_var not in index:
+            return None
+        body = tirx.stmt_functor.substitute(loop.body, {loop.loop_var: index[loop.loop_var]})
+        return tirx.For(loop.loop_var, 0, 1, loop.kind, body, loop.thread_binding, loop.annotations)
+
+    body = tirx.stmt_functor.ir_transform(func.body, None, lower, ["tirx.For"])
+    params, buffers = [*func.params, *index.values(), handle], {**func.buffer_map, handle: stop}
+    return tirx.PrimFunc(params, body, func.ret_type, buffers, func.attrs), stop, [int(loop.extent) for loop in loops]
+
+
+def to_cpu(func, order=0, stop=None):
+    """Rewrite a CUDA PrimFunc for target ``c``. bfloat16 arguments become float32. ``order``: see :func:`_arrange`."""
     _register_intrinsics()
+    body = _lower_waiting(_lower_roles(func.body, order), stop)
+    func = func.with_body(tirx.stmt_functor.ir_transform(body, None, _lower_atomic, ["tirx.Call"]))
     tree = json.loads(tvm.ir.save_json(_lower_tile_ops(func)))
     nodes = tree["nodes"]
 
@@ -151,6 +341,64 @@ def to_cpu(func):
     return tvm.ir.load_json(json.dumps(tree))
 
 
-def compile_cpu(func):
-    """Compile a CUDA PrimFunc for this machine's CPU; returns a JITKernel that takes CPU tensors."""
-    return tilelang.compile(to_cpu(func), target="c", execution_backend="cython", pass_configs=PASS_CONFIGS, compile_flags=list(FLAGS))
+def _compile(func):
+    return tilelang.compile(func, target="c", execution_backend="cython", pass_configs=PASS_CONFIGS, compile_flags=list(FLAGS))
+
+
+def compile_cpu(func, concurrent=None, order=0, timeout=120.0):
+    """Compile a CUDA PrimFunc for this machine's CPU; returns what takes CPU tensors: a JITKernel, or a :class:`Concurrent`.
+
+    ``concurrent``: every block in an OS thread of its own; by default where the program waits for other blocks. ``order`` picks one of the
+    legal orders of a block's roles.
+    """
+    if concurrent is None:
+        concurrent = bool(_find(func.body, _is_waiting))
+    if not concurrent:
+        return _compile(to_cpu(func, order))
+    func, stop, grid = _one_block(func)
+    return Concurrent(_compile(to_cpu(func, order, stop)), grid, timeout)
+
+
+class Concurrent:
+    """A program for one block, run for every block of the grid at once. Blocks that wait longer than ``timeout`` seconds are an error."""
+
+    def __init__(self, jit, grid, timeout):
+        self.jit, self.grid, self.timeout = jit, grid, timeout
+
+    def __call__(self, *tensors):
+        blocks = list(itertools.product(*(range(extent) for extent in self.grid)))
+        stop, errors = torch.zeros(1, dtype=torch.int32), []
+        gate = threading.Barrier(len(blocks))  # no block starts to wait for one whose thread could not start
+
+        def run(block):
+            try:
+                gate.wait()
+                self.jit(*tensors, *block, stop)
+            except threading.BrokenBarrierError:
+                pass
+            except BaseException as error:
+                errors.append(error)
+                stop.fill_(1)  # the others may wait for this block
+
+        threads = [threading.Thread(target=run, args=(block,), daemon=True) for block in blocks]
+        with _STACK_LOCK:
+            before = threading.stack_size(STACK)
+            try:
+                for thread in threads:
+                    thread.start()
+            except BaseException:
+                gate.abort()
+                raise
+            finally:
+                threading.stack_size(before)
+        end = time.monotonic() + self.timeout
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        late = sum(thread.is_alive() for thread in threads)
+        stop.fill_(1)
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        if late:
+            raise TimeoutError(f"{late} of {len(blocks)} blocks did not end in {self.timeout} s: they wait for each other")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tl_kernels.scratch import scratch
 from tl_kernels.spec import Config, Kernel, Problem
 
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
@@ -44,7 +45,7 @@ def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
     if target == "cpu":
         from tl_kernels.cpu import compile_cpu
 
-        return compile_cpu(func)
+        return compile_cpu(func, concurrent=True) if kernel.scratch else compile_cpu(func)
     import tilelang
 
     with _PARSING:
@@ -69,6 +70,7 @@ class Launcher:
         self._sums = [i for i, t in enumerate(kernel.outputs) if t.partial or t.split]
         # where T stands: (input, dimension); a second stage has none and always runs
         self._T = next(((i, t.token_dim) for i, t in enumerate(kernel.inputs) if t.token_dim is not None), None)
+        self._scratch = kernel.scratch(p, cfg) if kernel.scratch else 0
         self._flat = [i for i, t in enumerate((*kernel.inputs, *kernel.outputs)) if t.flat]
 
     def _plan(self, tensor):
@@ -94,6 +96,8 @@ class Launcher:
             args = [*inputs, *out]
             for i in self._flat:
                 args[i] = args[i].view(T, -1)
+            if self._scratch:
+                args.append(scratch(self, inputs[0].device, self._scratch))
             if self.target == "cpu" or inputs[0].device.index == torch.cuda.current_device():
                 self._call(*args)
             else:
@@ -112,7 +116,7 @@ class Launcher:
         for t, lead, splits, stored, _ in self._allocate:
             shape = lead + t.shape(self.p, T, splits)
             layout.append((shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), stored))
-        call, flat, rows, row_stride = self._call, self._flat, (T, self.p.K), (self.p.K, 1)
+        call, flat, rows, row_stride, shared = self._call, self._flat, (T, self.p.K), (self.p.K, 1), self._scratch
         # what Inductor's code allocates (on the current device) and views with: a third of the time of torch.empty and of view
         guards, current = torch._C._dynamo.guards, torch._C._cuda_getDevice
         empty, reinterpret = guards._empty_strided_cuda, guards._reinterpret_tensor
@@ -124,6 +128,8 @@ class Launcher:
             args = [*inputs, *out]
             for i in flat:
                 args[i] = reinterpret(args[i], rows, row_stride, 0)
+            if shared:
+                args.append(scratch(self, inputs[0].device, shared))
             call(*args)
             return tuple(out)
 

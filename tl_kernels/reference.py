@@ -95,6 +95,24 @@ def post_res_project(x, f, H_post, H_res, phi, dtype=None):
     return y, project_parts(y, phi)
 
 
+def _H_pre(parts, alpha, b, norm_eps, pre_eps):
+    """H_pre [T,n] of z and the mean square, [1,Q,T]."""
+    n = streams(parts.shape[1] - 1)
+    return torch.sigmoid(alpha[0] * parts[0, :n].T * torch.rsqrt(parts[0, -1] + norm_eps)[:, None] + b[:n]) + pre_eps
+
+
+def post_res_project_pre(x, f, H_post, H_res, phi, alpha, b, norm_eps=1e-6, pre_eps=1e-6, dtype=None):
+    """:func:`post_res_project`, then :func:`pre` of the y that was stored: y, u and the parts."""
+    y, parts = post_res_project(x, f, H_post, H_res, phi, dtype)
+    return y, pre(y, _H_pre(parts, alpha, b, norm_eps, pre_eps)), parts
+
+
+def project_pre(x, phi, alpha, b, norm_eps=1e-6, pre_eps=1e-6):
+    """:func:`project_parts`, then :func:`pre`: u and the parts."""
+    parts = project_parts(x, phi)
+    return pre(x, _H_pre(parts, alpha, b, norm_eps, pre_eps)), parts
+
+
 def streams_grad(dy, du, x, dzs, H_pre, H_res, phi):
     """The whole gradient of x, three uses of it at once: dx[j] = sum_i H_res[i,j] dy[i] + H_pre[j] du + (dz phi)_j + c/K x[j].
 

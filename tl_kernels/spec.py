@@ -114,6 +114,11 @@ class Kernel:
     reference: Callable[..., tuple[Any, ...]]
     #: Configurations a search should try early: fast on a chip with more room than the default may count on.
     seeds: tuple[Config, ...] = ()
+    #: Why no configuration serves a problem, or None. Most kernels serve all; the others are shortcuts of a path that does.
+    unserved: Callable[[Problem], str | None] = lambda p: None
+    #: 32-bit words of scratch that the program takes after its results: zero before the first launch, kept for the next by every launch.
+    #: Blocks of such a program wait for each other (tl_kernels/meeting.py).
+    scratch: Callable[[Problem, Config], int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     #: Outputs whose exact answer depends on how another output was rounded: ``(inputs, results by name) -> answer``, all in float64.
     from_results: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

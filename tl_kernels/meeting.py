@@ -1,0 +1,101 @@
+"""Where the blocks of a group meet: each publishes float32 sums of a tile in global memory and adds up what all have published.
+
+A group is the ``G`` blocks that share tiles of tokens, each with a slice of the channels. A word is a float32 whose lowest mantissa bit says
+when it was written (2^-23 of a partial sum, as much as rounding it): it flips each time a place is written anew. A reader loads the words of
+all blocks at once and reads again only where a bit is old, so publishing needs no fence, waiting no flag, and a word is one access.
+
+``scratch`` is zero before the first launch; every launch leaves it so that the next one can go on: a group counts the tiles it ever had in
+its first counter, and the last block to leave moves it. Two launches with one scratch must not overlap. Tiles pass through ``RING`` places: a
+block that publishes tile k + RING has added up tile k + RING - 2, which its peers published after they had added up tile k + RING - 4.
+
+Blocks of a group are neighbours in launch order and groups do not wait for each other, so a launch goes on wherever one group is resident.
+"""
+
+import tilelang.language as T
+
+from tl_kernels.mma import ACC
+from tl_kernels.spec import ceildiv
+
+RING = 4
+#: Threads of each of the two roles beside the main one: a warpgroup.
+ROLE = 128
+
+
+def scratch_size(G, groups, bt, values):
+    """32-bit words of scratch: the places, then two counters a group."""
+    return groups * RING * G * values * bt + 2 * groups
+
+
+def meeting(G, groups, bt, values, every):
+    """Macros ``arrive``, ``publish``, ``add_up`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
+
+    Every block needs the first ``every - 1`` values and the last; of the others each adds up a share and writes it out. ``use`` numbers the
+    tiles a group ever had; one ``RING`` period of tags is added so that it stays positive.
+    """
+    few = every * bt
+    share = ceildiv((values - every) * bt, G)
+    sums = ceildiv(few + share, ROLE) * ROLE
+    width = values * bt
+    counters = groups * RING * G * width
+
+    def number(epoch, tile):
+        return epoch + T.cast(tile + 2 * RING, "uint32")
+
+    def tag(use):
+        return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
+
+    def row(g, use, r):
+        return ((g * RING + T.cast(use % RING, "int32")) * G + r) * width
+
+    def place(e, s):
+        """Of the e-th word that block s adds up: what every block needs, then its share."""
+        return e + T.if_then_else(e < few - bt, 0, T.if_then_else(e < few, (values - every) * bt, s * share - bt))
+
+    def mine(e, s):
+        """Whether there is an e-th word: the last shares may stick out."""
+        return T.And(e < few + share, T.Or(e < few, place(e, s) < (values - 1) * bt))
+
+    @T.macro
+    def publish(scratch, g, s, use, at, value):
+        word = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use))
+        T.atomic_store(scratch[row(g, use, s) + at], word, memory_order="relaxed")
+
+    @T.macro
+    def add_up(scratch, g, s, use, words, old, total):
+        """``total`` [sums]: the words of all blocks, in the order of the blocks."""
+        for r in T.unroll(G):
+            for e in T.Parallel(sums):
+                if mine(e, s):
+                    words[r, e] = T.atomic_load(scratch[row(g, use, r) + place(e, s)], memory_order="relaxed")
+        T.clear(old)
+        for r in T.unroll(G):
+            for e in T.Parallel(sums):
+                if mine(e, s):
+                    old[e] = T.bitwise_or(old[e], T.bitwise_xor(words[r, e], tag(use)))
+        for e in T.Parallel(sums):
+            while T.bitwise_and(old[e], T.uint32(1)) != 0:
+                old[e] = T.uint32(0)
+                for r in T.unroll(G):
+                    words[r, e] = T.atomic_load(scratch[row(g, use, r) + place(e, s)], memory_order="relaxed")
+                    old[e] = T.bitwise_or(old[e], T.bitwise_xor(words[r, e], tag(use)))
+        T.clear(total)
+        for r in T.unroll(G):
+            for e in T.Parallel(sums):
+                total[e] += T.reinterpret(T.bitwise_and(words[r, e], T.uint32(0xFFFFFFFE)), ACC)
+
+    @T.macro
+    def write_out(s, t0, tokens, total, out):
+        """``out`` [1, values, T]: block 0 what every block has, each block its share."""
+        for e in T.Parallel(sums):
+            at = place(e, s)
+            if mine(e, s) and (e >= few or s == 0) and t0 + at % bt < tokens:
+                out[0, at // bt, t0 + at % bt] = total[e]
+
+    @T.macro
+    def leave(scratch, g, epoch, tiles):
+        """By one thread, when the block is done."""
+        if T.atomic_add(scratch[counters + 2 * g + 1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G - 1):
+            scratch[counters + 2 * g + 1] = T.uint32(0)
+            scratch[counters + 2 * g] = epoch + T.cast(tiles, "uint32")
+
+    return sums, counters, number, publish, add_up, write_out, leave

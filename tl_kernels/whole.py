@@ -1,0 +1,155 @@
+"""What the programs that keep a token's row on chip share: the tile of a block, the roles of its warps, the rules of a configuration.
+
+A token's row and its share of phi do not fit one block, so a group of ``ceildiv(C, block_C)`` blocks shares every tile of tokens, a slice
+of the channels and of phi each, and meets in global memory (tl_kernels/meeting.py). The warps of a block have roles, each at another tile,
+so that no step waits for the one before:
+
+    tile i      main role:  works on the streams                                  (tiles i+1 .. i+ahead are on their way)
+    tile i-1    product:    z of this slice, published
+    tile i-2    sums:       z of the group, H_pre;  then the main role's u
+
+Barriers are by hand: those TileLang would put in for shared memory know nothing of the roles and would make them take turns.
+"""
+
+import tilelang.language as T
+
+from tl_kernels.coefficients import sigmoid
+from tl_kernels.meeting import ROLE, meeting, scratch_size
+from tl_kernels.mma import high, low, padded
+from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
+
+#: Named barriers; 0 is T.sync_threads().
+PRODUCT, SUMS, PRE = 1, 2, 3
+
+
+def group_of(p, cfg):
+    """Blocks that share a tile."""
+    return ceildiv(p.C, cfg["block_C"])
+
+
+def part_of(p, cfg):
+    """Tokens the main role works on at a time: 16 bytes of a stream a thread."""
+    return cfg["threads"] * vector_width(p) // cfg["block_C"]
+
+
+def scratch_of(p, cfg):
+    """32-bit words of scratch."""
+    return scratch_size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1)
+
+
+def row_layouts(p, cfg):
+    """[part, block_C] and [n, part, block_C] over the main role: every thread 16 bytes of each row, neighbours beside each other."""
+    bc, threads, vec, part = cfg["block_C"], cfg["threads"], vector_width(p), part_of(p, cfg)
+
+    def thread(t, c):
+        return (t * bc + c) // vec % threads
+
+    return (
+        T.Fragment((part, bc), forward_thread_fn=thread, forward_index_fn=lambda t, c: c % vec),
+        T.Fragment((p.n, part, bc), forward_thread_fn=lambda j, t, c: thread(t, c), forward_index_fn=lambda j, t, c: j * vec + c % vec),
+    )
+
+
+def roles(p, cfg):
+    """Macros: ``fill`` phi's slice, high and low; the roles ``product`` and ``sums`` of iteration i; ``leave``. And how many sums there are,
+    and where a group finds its number of tiles so far.
+    """
+    n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
+    bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
+    N, buffers = padded(M, 32), cfg["ahead"] + 3
+    norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
+    count, counters, number, publish, add_up, write_out, leave = meeting(group_of(p, cfg), groups, bt, M + 1, n + 1)
+
+    @T.macro
+    def fill(c0, phi, phi_s):
+        for j in T.unroll(n):
+            for m, c in T.Parallel(N, bc):
+                value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
+                phi_s[m, j * bc + c] = high(value, dtype)
+                phi_s[N + m, j * bc + c] = low(value, dtype)
+
+    @T.macro
+    def product(i, s, g, epoch, scratch, phi_s, x_s, mean_s, z_NT, z_s):
+        T.gemm(phi_s, x_s[(i - 1) % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
+        T.copy(z_NT, z_s[:, 0:bt])
+        T.sync_threads(PRODUCT, ROLE)
+        for m, t in T.Parallel(padded(M, ROLE // bt), bt):
+            if m < M:
+                publish(scratch, g, s, number(epoch, i - 1), m * bt + t, z_s[m, t] + z_s[N + m, t])
+        for t in T.Parallel(bt):
+            publish(scratch, g, s, number(epoch, i - 1), M * bt + t, mean_s[(i - 1) % 2, t])
+
+    @T.macro
+    def sums(i, s, g, t0, tokens, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts):
+        add_up(scratch, g, s, number(epoch, i - 2), words, old, total)
+        for e in T.Parallel(count):
+            total_s[e] = total[e]
+        T.sync_threads(SUMS, ROLE)
+        for t, q in T.Parallel(bt, n):
+            rinv = T.rsqrt(total_s[n * bt + t] + norm_eps)
+            # a row whose norm overflowed has 1/r = 0 and counts as zero
+            h = alpha[0] * T.if_then_else(rinv > 0, total_s[q * bt + t] * rinv, 0.0) + b[q]
+            pre_s[t, q] = sigmoid(h) + pre_eps
+        T.named_barrier_arrive(PRE, threads + ROLE)
+        write_out(s, t0, tokens, total, parts)
+
+    return count, counters, fill, product, sums, leave
+
+
+def shared_bytes(p, cfg):
+    """Shared memory, an upper bound."""
+    bt, kb, N, staged = cfg["block_T"], p.n * cfg["block_C"], padded(p.M, 32), cfg["ahead"] + 1
+    streams = ((cfg["ahead"] + 3) * bt * kb + staged * bt * cfg["block_C"] + 2 * N * kb) * p.itemsize
+    return streams + 4 * (bt * (staged * (p.n + p.n * p.n) + p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE) + 1024
+
+
+def invalid(p, cfg):
+    """Why a configuration cannot work, or None."""
+    bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
+    G, part = ceildiv(p.C, bc), threads * vector_width(p) // bc
+    if bt not in (16, 32, 64) or bc not in (64, 128, 256):
+        return f"block_T={bt}, block_C={bc}: wanted 16, 32 or 64 tokens and 64, 128 or 256 channels"
+    if threads % 128 or bt % max(1, part):
+        return f"threads={threads}: wanted a multiple of 128 that works on a divisor of block_T={bt} tokens at a time, not {part}"
+    if cfg["groups"] > 1 and G * cfg["groups"] > 256:
+        return f"groups={cfg['groups']}: {G * cfg['groups']} blocks, wanted about as many as there are multiprocessors"
+    live = G * ceildiv((p.n + 1) * bt + ceildiv((p.M - p.n) * bt, G), ROLE)
+    if live > 90:
+        return f"block_T={bt}, block_C={bc}: {live} words a thread would spill"
+    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
+    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+
+
+def unserved(p):
+    """Why no configuration serves a problem, or None."""
+    if p.dtype != "bfloat16" or p.n > 4 or p.C % vector_width(p):
+        return f"n={p.n}, C={p.C}, {p.dtype}: wanted at most 4 bfloat16 streams whose rows start on 16 bytes"
+    if p.C > 90 * 256:
+        return f"C={p.C}: wanted at most {90 * 256}"
+    return None
+
+
+def default(p):
+    """Narrow slices where C is small, so that there are blocks enough."""
+    bc = 64 if p.C <= 1024 else 128 if p.C <= 8192 else 256
+    return {"block_T": 16, "block_C": bc, "groups": max(1, 96 // ceildiv(p.C, bc)), "threads": 128, "ahead": 1}
+
+
+def space(p):
+    return {
+        "block_T": (16, 32),
+        "block_C": (64, 128, 256),
+        "groups": (1, 2, 4, 6, 8, 13, 16),
+        "threads": (128, 256),
+        "ahead": (1, 2),
+    }
+
+
+def pass_configs(cfg):
+    """No barriers but those written, no bounds checks but those written."""
+    return {
+        "tl.enable_fast_math": True,
+        "tl.disable_warp_specialized": True,
+        "tl.disable_thread_storage_sync": True,
+        "tl.disable_safe_memory_legalize": True,
+    }
