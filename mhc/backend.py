@@ -100,7 +100,7 @@ def run_reference(
     """The reference at float32, whatever the streams are; each result rounded once, to its entry of ``dtypes``."""
     device = args[0].device.type
     function = _REFERENCE.get(name) or getattr(reference, name)
-    if name == "post_res_project":  # it projects y as it is stored
+    if name.startswith("post_res_project"):  # these project y as it is stored
         function = functools.partial(function, dtype=dtypes[0])
     with _autograd_reachable(), torch.autocast(device, enabled=False):
         out = function(*(t.detach().float() for t in args), **options)

@@ -55,6 +55,20 @@ def _boundary(
     return y, u, next_H_pre, next_H_post, next_H_res, zs, new_ticket(y)
 
 
+def _enter_whole(runs: list[Run], x: Tensor, phi: Tensor, alpha: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    project_pre, coefficients = runs
+    u, parts = project_pre(x, phi, alpha, b)
+    return u, *coefficients(parts, alpha, b), new_ticket(x)
+
+
+def _boundary_whole(
+    runs: list[Run], x: Tensor, f: Tensor, H_post: Tensor, H_res: Tensor, phi: Tensor, alpha: Tensor, b: Tensor
+) -> tuple[Tensor, ...]:
+    post_res_project_pre, coefficients = runs
+    y, u, parts = post_res_project_pre(x, f, H_post, H_res, phi, alpha, b)
+    return y, u, *coefficients(parts, alpha, b), new_ticket(y)
+
+
 def _leave(runs: list[Run], x: Tensor, f: Tensor, H_post: Tensor, H_res: Tensor) -> Tensor:
     return runs[0](x, f, H_post, H_res)[0]
 
@@ -108,21 +122,22 @@ def _boundary_bwd(
 
 _ENTER_BWD = ("pre_grad", "coefficients_bwd", "streams_grad", "sum_parts")
 _KERNELS = SIGNATURES | FUSED_KERNELS
-_BODIES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "enter": (_enter, ("project_parts", "coefficients", "pre")),
-    "enter_bwd": (_enter_bwd, _ENTER_BWD),
-    "boundary": (_boundary, ("post_res_project", "coefficients", "pre")),
-    "boundary_bwd": (_boundary_bwd, (*_ENTER_BWD, "post_res_grads")),
-    "leave": (_leave, ("post_res",)),
-    "leave_bwd": (_leave_bwd, ("post_res_grads",)),
+#: The designs of each operator, a body and its kernels; the first serves everything.
+_DESIGNS: dict[str, tuple[tuple[Callable[..., Any], tuple[str, ...]], ...]] = {
+    "enter": ((_enter, ("project_parts", "coefficients", "pre")), (_enter_whole, ("project_pre", "coefficients"))),
+    "enter_bwd": ((_enter_bwd, _ENTER_BWD),),
+    "boundary": ((_boundary, ("post_res_project", "coefficients", "pre")), (_boundary_whole, ("post_res_project_pre", "coefficients"))),
+    "boundary_bwd": ((_boundary_bwd, (*_ENTER_BWD, "post_res_grads")),),
+    "leave": ((_leave, ("post_res",)),),
+    "leave_bwd": ((_leave_bwd, ("post_res_grads",)),),
 }
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _BELOW: dict[str, Below] = {}
 for _pair in COMPOSITES.values():
     for _signature in _pair:
-        _body, _kernels = _BODIES[_signature.name]
-        _IMPLEMENTATIONS[_signature.name] = implementation(_signature, tuple(_KERNELS[k] for k in _kernels), _body)
+        _designs = [(tuple(_KERNELS[k] for k in kernels), body) for body, kernels in _DESIGNS[_signature.name]]
+        _IMPLEMENTATIONS[_signature.name] = implementation(_signature, *_designs)
         _BELOW[_signature.name] = register(_signature, _IMPLEMENTATIONS[_signature.name])
 
 

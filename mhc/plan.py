@@ -1,7 +1,8 @@
 """A call's path to its kernels: arguments checked once per shape, each kernel's configuration looked up once per profile.
 
-An operator is a :class:`~mhc.signatures.Signature`, the kernels it launches and a ``body`` that hands tensors from one to the next.
-:func:`implementation` makes a function of the three; what is left to do in a call is one dictionary access and the launches.
+An operator is a :class:`~mhc.signatures.Signature` and one design or more: the kernels it launches and a ``body`` that hands tensors from
+one to the next. :func:`implementation` makes a function of them; what is left to do in a call is one dictionary access and the launches.
+The first design serves everything. A later one is a shortcut, taken where the profile has its kernels at this shape and they are faster.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from mhc.signatures import Signature
 from tl_kernels.spec import Problem
 
 Run = Callable[..., tuple[torch.Tensor, ...]]
+Body = Callable[..., Any]
+#: The kernels of a design, and what hands tensors from one to the next.
+Design = tuple[tuple[Signature, ...], Body]
 
 _MAX_PLANS = 4096
 
@@ -27,7 +31,7 @@ class _Step:
     """One kernel of a checked call."""
 
     def __init__(self, signature: Signature, problem: Problem, tokens: int, stream: torch.dtype, device: torch.device, mode: str) -> None:
-        self.problem, self.tokens, self.device = problem, tokens, device
+        self.name, self.problem, self.tokens, self.device = signature.name, problem, tokens, device
         dtypes = [stream if t.dtype == "stream" else torch.float32 for t in signature.outputs]
         options = dict(problem.options)
         # the module's function, not a copy of it: tests replace it
@@ -41,12 +45,21 @@ class _Step:
             self.kernel = KERNELS[signature.name]
             self.target = device_arch(device)
 
+    def tuned_us(self) -> float | None:
+        """The time the profile has for this step, or None where it was not tuned at this n, C and T, give or take."""
+        tuned = _profile().choose(self.kernel.name, self.problem, self.tokens, self.device).tuned if self.kernel else None
+        if tuned is None or tuned.n != self.problem.n or (self.kernel.has_channels and tuned.C != self.problem.C):
+            return None
+        return tuned.time_us
+
     def choose(self) -> Run:
         """What serves this step under the present profile."""
         if self.kernel is None:
             return self.reference
         from tl_kernels.launch import get_launcher
 
+        if reason := self.kernel.unserved(self.problem):
+            raise ValueError(f"mhc.{self.name}: {reason}")
         choice = _profile().choose(self.kernel.name, self.problem, self.tokens, self.device)
         if os.environ.get("MHC_DEBUG") == "1":
             _report(self.kernel.name, self.problem, self.target, str(choice))
@@ -56,22 +69,37 @@ class _Step:
 
 
 class _Plan:
-    """The steps of a checked call, each bound to what serves it."""
+    """The designs of a checked call; the steps of the fastest, each bound to what serves it."""
 
-    __slots__ = ("follows_profile", "runs", "steps", "version")
+    __slots__ = ("designs", "follows_profile", "serves", "version")
 
-    def __init__(self, steps: list[_Step]) -> None:
-        self.steps = steps
+    def __init__(self, designs: list[tuple[list[_Step], Body]]) -> None:
+        steps, body = designs[0]
+        self.designs = designs
         self.follows_profile = any(step.kernel is not None for step in steps)
         self.version: object = None
-        self.runs: list[Run] = [] if self.follows_profile else [step.reference for step in steps]
+        self.serves: tuple[Body, list[Run]] = (body, [] if self.follows_profile else [step.reference for step in steps])
 
-    def ready(self) -> list[Run]:
-        """One function for each step; chosen anew where another profile was loaded."""
+    def ready(self) -> tuple[Body, list[Run]]:
+        """The body of a design and one function for each of its steps; chosen anew where another profile was loaded."""
         if self.follows_profile and self.version is not (version := _profile().version()):
-            self.runs = [step.choose() for step in self.steps]
+            steps, body = _fastest(self.designs)
+            self.serves = body, [step.choose() for step in steps]
             self.version = version
-        return self.runs
+        return self.serves
+
+
+def _fastest(designs: list[tuple[list[_Step], Body]]) -> tuple[list[_Step], Body]:
+    """The first design, unless the profile has times that speak for another one. Kernels that both run do not count."""
+    best = designs[0]
+    for design in designs[1:]:
+        mine, its = ([s for s in a[0] if s.name not in {t.name for t in b[0]}] for a, b in ((best, design), (design, best)))
+        if any(step.kernel is None or step.kernel.unserved(step.problem) for step in its):
+            continue
+        takes, would_take = [s.tuned_us() for s in mine], [s.tuned_us() for s in its]
+        if None not in would_take and (None in takes or sum(would_take) < sum(takes)):  # type: ignore[arg-type]
+            best = design
+    return best
 
 
 @functools.cache
@@ -87,17 +115,22 @@ def _report(name: str, problem: Any, target: str, choice: str) -> None:
 
 
 def _check(
-    signature: Signature, kernels: tuple[Signature, ...], tensors: tuple[torch.Tensor, ...], options: dict[str, Any], mode: str
+    signature: Signature, designs: tuple[Design, ...], tensors: tuple[torch.Tensor, ...], options: dict[str, Any], mode: str
 ) -> _Plan:
     size = signature.check(tensors)
     signature.check_options(options)
     anchor = tensors[signature.anchor]
     stream = anchor.dtype
-    return _Plan([_Step(k, k.problem(size, stream, options), size["T"], stream, anchor.device, mode) for k in kernels])
+    return _Plan(
+        [
+            ([_Step(k, k.problem(size, stream, options), size["T"], stream, anchor.device, mode) for k in kernels], body)
+            for kernels, body in designs
+        ]
+    )
 
 
-def implementation(signature: Signature, kernels: tuple[Signature, ...], body: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator ``signature`` on real tensors: ``body(runs, *tensors)`` with a function for each of ``kernels``.
+def implementation(signature: Signature, *designs: Design) -> Callable[..., Any]:
+    """The operator ``signature`` on real tensors: ``body(runs, *tensors)`` with a function for each kernel of a design.
 
     The tensors are contiguous and checked, tickets left out.
     """
@@ -116,8 +149,9 @@ def implementation(signature: Signature, kernels: tuple[Signature, ...], body: C
                 plans.clear()
             # torch's dispatcher leaves out trailing options that equal their default
             given = dict(zip(names, (*options, *defaults[len(options) :]), strict=True))
-            plan = plans[key] = _check(signature, kernels, tensors, given, mode)
-        return body(plan.ready(), *[t if (t := args[i]).is_contiguous() else t.contiguous() for i in data])
+            plan = plans[key] = _check(signature, designs, tensors, given, mode)
+        body, runs = plan.ready()
+        return body(runs, *[t if (t := args[i]).is_contiguous() else t.contiguous() for i in data])
 
     return run
 
@@ -125,5 +159,5 @@ def implementation(signature: Signature, kernels: tuple[Signature, ...], body: C
 def single(signature: Signature) -> Callable[..., Any]:
     """The implementation of one kernel by itself: a tensor, or a tuple where it has several results."""
     if len(signature.outputs) == 1:
-        return implementation(signature, (signature,), lambda runs, *tensors: runs[0](*tensors)[0])
-    return implementation(signature, (signature,), lambda runs, *tensors: runs[0](*tensors))
+        return implementation(signature, ((signature,), lambda runs, *tensors: runs[0](*tensors)[0]))
+    return implementation(signature, ((signature,), lambda runs, *tensors: runs[0](*tensors)))

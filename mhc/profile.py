@@ -66,6 +66,8 @@ class Choice:
     config: dict[str, Any]
     impl: Literal["tilelang", "reference"]
     origin: Literal["exact", "nearest", "default"]
+    #: The entry it comes from.
+    tuned: Entry | None = None
 
 
 def choose(kernel: str, p: Problem, T: int, device: torch.device) -> Choice:
@@ -328,7 +330,7 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
         if refused or origin == "nearest":
             _report_shape(source, kernel, p, T, device, f"served by {_shape(e)}", refused)
         # where the reference serves, the configuration is for who asks for TileLang all the same
-        return Choice(default.config if reason else dict(e.config), e.impl, origin)
+        return Choice(default.config if reason else dict(e.config), e.impl, origin, e)
     _report_shape(source, kernel, p, T, device, "served by the default configuration", refused)
     return default
 
@@ -345,7 +347,7 @@ def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> lis
             count = "all" if not fresh else f"{len(every) - len(fresh)} of {len(every)}"
             message = f"{kernel.name}: {count} entries of {source.path} were tuned for another version of the kernel; not used; run: {run}"
             _say(logging.WARNING, "stale", key, message=message)
-        elif not every:
+        elif not every and kernel.scratch is None:  # a shortcut that is not there is not taken
             _say(logging.WARNING, "absent", key, message=f"{kernel.name}: not in {source.path}; it runs with defaults; run: {run}")
         _STATE.fresh[key] = fresh
     return _STATE.fresh[key]
@@ -365,7 +367,7 @@ def _reason_against(kernel: Kernel, p: Problem, config: dict[str, Any], default:
     if set(config) != set(default):
         return f"its config has {', '.join(sorted(config)) or 'nothing'}, wanted {', '.join(sorted(default)) or 'nothing'}"
     try:
-        return kernel.invalid(p, config)
+        return kernel.unserved(p) or kernel.invalid(p, config)
     except (TypeError, ValueError, ArithmeticError) as e:  # a knob of the wrong type or a zero, edited by hand
         return f"its config {config} is malformed: {e}"
 

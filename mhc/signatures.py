@@ -24,6 +24,7 @@ PHI, ALPHA, B = Tensor("phi", "M K"), Tensor("alpha", "3"), Tensor("b", "M")
 Z, RINV, LOGITS = Tensor("z", "T M"), Tensor("rinv", "T"), Tensor("h_res", "T n n")
 H_PRE, H_POST, H_RES = Tensor("H_pre", "T n"), Tensor("H_post", "T n"), Tensor("H_res", "T n n")
 Y, TICKET = Tensor("y", "T n C", "stream"), Tensor("ticket", "T n C", "stream")
+ONE_PART = Tensor("parts", "1 Q T")
 PARTS, ZS, DZS = Tensor("parts", "S Q T", split=True), Tensor("zs", "Q T"), Tensor("dzs", "Q T")
 DPHI_PARTS, DAB_PARTS = Tensor("dphi", "S M K", split=True), Tensor("dab", "S2 M+3", split=True)
 
@@ -172,6 +173,7 @@ SIGNATURES = {signature.name: signature for pair in PAIRS.values() for signature
 
 _COEFFICIENTS = {"norm_eps": 1e-6, "pre_eps": 1e-6, "post_mult": 2.0, **_SINKHORN}
 _COEFFICIENTS_BWD = {"post_mult": 2.0, **_SINKHORN}
+_WHOLE = {"norm_eps": 1e-6, "pre_eps": 1e-6}
 _DY, _DU = Tensor("dy", "T n C", "stream"), Tensor("du", "T C", "stream")
 _DF = Tensor("df", "T C", "stream")
 _DH_PRE, _DH_POST, _DH_RES = _grads((H_PRE, H_POST, H_RES))
@@ -201,6 +203,8 @@ FUSED_KERNELS = {
             {},
         ),
         Signature("sum_parts", (DPHI_PARTS, DAB_PARTS), _WEIGHT_GRADS, {}),
+        Signature("project_pre", (X, PHI, ALPHA, B), (U, ONE_PART), _WHOLE),
+        Signature("post_res_project_pre", (X, F, H_POST, H_RES, PHI, ALPHA, B), (Y, U, ONE_PART), _WHOLE),
     )
 }
 

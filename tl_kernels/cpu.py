@@ -183,7 +183,7 @@ def _barriers(stmt):
     waits, arrives = set(), set()
     for call in _find(stmt, _op):
         if _op(call) == "tirx.tvm_storage_sync":
-            waits.add(str(call.args[1]) if len(call.args) > 1 else "of the block")
+            waits.add(str(call.args[1]) if len(call.args) > 1 else "0")
         elif _op(call) == "tl.named_barrier_arrive":
             arrives.add(str(call.args[0]))
     return waits, arrives
@@ -192,7 +192,8 @@ def _barriers(stmt):
 def _arrange(roles, order):
     """Roles one after another: those that only arrive at a barrier before those that wait there, else as written.
 
-    Every legal order must give the same results. ``order`` picks another of them, so that a test can look for races.
+    Every legal order must give the same results. ``order`` picks another of them, so that a test can look for races. Only barriers between
+    branches of one ``if`` count.
     """
     waits, arrives = zip(*(_barriers(role) for role in roles), strict=True)
     for i, j in itertools.combinations(range(len(roles)), 2):
@@ -276,11 +277,14 @@ def _lower_atomic(call):
     name = ATOMICS.get(_op(call))
     if name is None:
         return None
-    address, *values = call.args[:-1]  # the last one is the order
+    address = call.args[0]
+    values = [] if name == "cpu_load" else [call.args[1]]  # then, if at all, the order
     dtype = str(address.args[0].dtype) if _op(address) == "tl.access_ptr" else "pointer"
     if dtype not in ("int32", "uint32", "int64", "uint64"):
         raise ValueError(f"atomics on the CPU target: got {dtype}, wanted elements of 32 or 64 bit integers")
-    return tirx.call_extern("int32" if name == "cpu_store" else dtype, f"{name}_{dtype}", address, *values)
+    return tirx.call_extern(
+        "int32" if name == "cpu_store" else dtype, f"{name}_{dtype}", address, *(tirx.Cast(dtype, value) for value in values)
+    )
 
 
 def _grid(func):
@@ -341,8 +345,9 @@ def to_cpu(func, order=0, stop=None):
     return tvm.ir.load_json(json.dumps(tree))
 
 
-def _compile(func):
-    return tilelang.compile(func, target="c", execution_backend="cython", pass_configs=PASS_CONFIGS, compile_flags=list(FLAGS))
+def _compile(func, **configs):
+    configs = PASS_CONFIGS | configs
+    return tilelang.compile(func, target="c", execution_backend="cython", pass_configs=configs, compile_flags=list(FLAGS))
 
 
 def compile_cpu(func, concurrent=None, order=0, timeout=120.0):
@@ -356,7 +361,8 @@ def compile_cpu(func, concurrent=None, order=0, timeout=120.0):
     if not concurrent:
         return _compile(to_cpu(func, order))
     func, stop, grid = _one_block(func)
-    return Concurrent(_compile(to_cpu(func, order, stop)), grid, timeout)
+    # its roles may run in another order than written, which looks like reading before the first write
+    return Concurrent(_compile(to_cpu(func, order, stop), **{"tl.disable_buffer_init_check": True}), grid, timeout)
 
 
 class Concurrent:
@@ -392,10 +398,12 @@ class Concurrent:
             finally:
                 threading.stack_size(before)
         end = time.monotonic() + self.timeout
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        late = sum(thread.is_alive() for thread in threads)
-        stop.fill_(1)
+        try:
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
+            late = sum(thread.is_alive() for thread in threads)
+        finally:
+            stop.fill_(1)
         for thread in threads:
             thread.join()
         if errors:

@@ -1,12 +1,12 @@
 """Where the blocks of a group meet: each publishes float32 sums of a tile in global memory and adds up what all have published.
 
-A group is the ``G`` blocks that share tiles of tokens, each with a slice of the channels. A word is a float32 whose lowest mantissa bit says
-when it was written (2^-23 of a partial sum, as much as rounding it): it flips each time a place is written anew. A reader loads the words of
-all blocks at once and reads again only where a bit is old, so publishing needs no fence, waiting no flag, and a word is one access.
+A group is the ``G`` blocks that share tiles of tokens, each with a slice of the channels. A word is a float32 whose lowest mantissa bit
+says when it was written (2^-23 of a partial sum, as much as rounding it): it flips each time a place is written anew. A reader loads the
+words of all blocks at once and reads again only where a bit is old: publishing needs no fence, waiting no flag, a word is one access.
 
 ``scratch`` is zero before the first launch; every launch leaves it so that the next one can go on: a group counts the tiles it ever had in
-its first counter, and the last block to leave moves it. Two launches with one scratch must not overlap. Tiles pass through ``RING`` places: a
-block that publishes tile k + RING has added up tile k + RING - 2, which its peers published after they had added up tile k + RING - 4.
+its first counter, and the last block to leave moves it. Two launches with one scratch must not overlap. Tiles pass through ``RING`` places:
+a block that publishes tile k + RING has added up tile k + RING - 2, which its peers published after they had added up tile k + RING - 4.
 
 Blocks of a group are neighbours in launch order and groups do not wait for each other, so a launch goes on wherever one group is resident.
 """

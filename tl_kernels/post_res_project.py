@@ -198,6 +198,6 @@ post_res_project = Kernel(
     ),
     reference=reference.post_res_project,
     # y may round either way where the exact value lies between two: parts answer to the y that was stored
-    from_results={"parts": lambda inputs, results: reference.project_parts(results["y"], inputs[-1])},
+    from_results={"parts": lambda p, inputs, results: reference.project_parts(results["y"], inputs[-1])},
     gpu_only=("threads", "stages"),
 )

@@ -171,6 +171,7 @@ post_res_project_pre = Kernel(
     default=default,
     invalid=invalid,
     unserved=unserved,
+    least_arch=90,
     scratch=scratch_of,
     seeds=(
         {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1},
@@ -181,8 +182,11 @@ post_res_project_pre = Kernel(
         {"block_T": 16, "block_C": 128, "groups": 1, "threads": 128, "ahead": 1},
     ),
     reference=reference.post_res_project_pre,
-    # y may round either way where the exact value lies between two: parts answer to the y that was stored
-    from_results={"parts": lambda inputs, results: reference.project_parts(results["y"], inputs[4])},
+    # y may round either way where the exact value lies between two: parts and u answer to the y that was stored
+    from_results={
+        "u": lambda p, inputs, results: reference.project_pre(results["y"], *inputs[4:], **dict(p.options))[0],
+        "parts": lambda p, inputs, results: reference.project_pre(results["y"], *inputs[4:], **dict(p.options))[1],
+    },
     options={"norm_eps": 1e-6, "pre_eps": 1e-6},
     pass_configs=pass_configs,
     gpu_only=("threads", "ahead", "groups"),

@@ -133,6 +133,7 @@ project_pre = Kernel(
     default=default,
     invalid=invalid,
     unserved=unserved,
+    least_arch=90,
     scratch=scratch_of,
     seeds=(
         {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1},

@@ -14,19 +14,22 @@ from typing import Any
 
 import torch
 
-#: By owner (a compiled program), device and stream: the capture it belongs to, 0 for none, and the tensor.
+#: By owner (a compiled program, kept for ever as these are), device and stream: the capture it belongs to, 0 for none, and the tensor.
 _KEPT: dict[Any, tuple[int, torch.Tensor]] = {}
 _LOCK = threading.Lock()
 
 
 def scratch(owner: object, device: torch.device, words: int) -> torch.Tensor:
     """``words`` uint32 on ``device`` for a launch of ``owner`` on the current stream."""
-    if device.type == "cpu":  # calls from several threads may overlap
-        return torch.zeros(words, dtype=torch.uint32)
+    if device.type == "cpu":  # calls of one thread do not overlap
+        return _kept((id(owner), threading.get_ident()), 0, words, device)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     capture = _capture_id()(stream) if torch.cuda.is_current_stream_capturing() else 0
     # one for a stream's eager launches, one for its present capture: older captures are over, and their graphs hold their memory themselves
-    key = (id(owner), device.index, stream, capture != 0)
+    return _kept((id(owner), device.index, stream, capture != 0), capture, words, device)
+
+
+def _kept(key: Any, capture: int, words: int, device: torch.device) -> torch.Tensor:
     kept = _KEPT.get(key)
     if kept is None or kept[0] != capture or kept[1].numel() != words:
         with _LOCK:

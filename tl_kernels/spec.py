@@ -116,11 +116,13 @@ class Kernel:
     seeds: tuple[Config, ...] = ()
     #: Why no configuration serves a problem, or None. Most kernels serve all; the others are shortcuts of a path that does.
     unserved: Callable[[Problem], str | None] = lambda p: None
+    #: Lowest compute capability, times ten, that the program's instructions ask for; 0: any, and worth tuning on the CPU.
+    least_arch: int = 0
     #: 32-bit words of scratch that the program takes after its results: zero before the first launch, kept for the next by every launch.
     #: Blocks of such a program wait for each other (tl_kernels/meeting.py).
     scratch: Callable[[Problem, Config], int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    #: Outputs whose exact answer depends on how another output was rounded: ``(inputs, results by name) -> answer``, all in float64.
+    #: Outputs whose exact answer depends on how another output was rounded: ``(problem, inputs, results by name) -> answer``, in float64.
     from_results: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     pass_configs: Callable[[Config], dict[str, Any]] = lambda config: {}
     #: Knobs that mean nothing on the CPU target and stay at their default there.
@@ -132,6 +134,12 @@ class Kernel:
         if unknown:
             raise TypeError(f"{self.name}: unknown option {', '.join(sorted(unknown))}; it has {', '.join(self.options) or 'none'}")
         return Problem(n, C, dtype, tuple(sorted({**self.options, **options}.items())))
+
+    def unserved_on(self, p: Problem, arch: str) -> str | None:
+        """Why there is nothing to tune or measure of this kernel on an architecture (``"cpu"``, ``"sm_90a"``), or None."""
+        if self.least_arch and (arch == "cpu" or int(arch.removeprefix("sm_").rstrip("af")) < self.least_arch):
+            return f"{self.name}: wanted compute capability {self.least_arch / 10} or later, not {arch}"
+        return self.unserved(p)
 
     @cached_property
     def has_channels(self) -> bool:

@@ -51,8 +51,8 @@ def row_layouts(p, cfg):
 
 
 def roles(p, cfg):
-    """Macros: ``fill`` phi's slice, high and low; the roles ``product`` and ``sums`` of iteration i; ``leave``. And how many sums there are,
-    and where a group finds its number of tiles so far.
+    """How many sums a block adds up, where a group finds its number of tiles so far, and macros: ``fill`` phi's slice, high and low; the
+    roles ``product`` and ``sums`` of iteration i; ``leave``.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]

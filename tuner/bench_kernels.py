@@ -33,6 +33,8 @@ def choices(shape: Shape, dtype: str, tokens: Iterable[int], device: torch.devic
     found: dict[Any, tuple[Kernel, Problem, Config]] = {}
     for name, kernel in KERNELS.items():
         p = kernel.problem(shape.n, shape.C, dtype)
+        if kernel.unserved_on(p, device_arch(device)):
+            continue
         served = [profile.choose(name, p, T, device) for T in (shape.T, *tokens)]
         configs = [c.config for c in served if not _by_pytorch(c.impl, device)]
         for config in configs + ([kernel.default(p)] if device.type == "cuda" else []):
@@ -92,6 +94,8 @@ def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock,
     """Lines for the program that the profile serves and, where it is another one, the default; interleaved with a copy and its bytes."""
     kernel, device = KERNELS[name], clock.device
     p = kernel.problem(shape.n, shape.C, dtype)
+    if kernel.unserved_on(p, device_arch(device)):
+        return []
     nbytes = kernel.bytes_moved(p, shape.T)
     rows: list[dict[str, Any]] = []
     calls: list[Timed] = []

@@ -117,7 +117,7 @@ def check(launcher: Runnable, case: Case) -> dict[str, float]:
     for tensor, got, expected in zip(kernel.outputs, results, case.expected, strict=True):
         if tensor.name in kernel.from_results:
             wide = {name: r.double() for name, r in by_name.items()}
-            expected = kernel.from_results[tensor.name]([v.double() for v in case.inputs], wide)
+            expected = kernel.from_results[tensor.name](p, [v.double() for v in case.inputs], wide)
         if tensor.split:  # how many splits is the configuration's own affair, their sum is not
             got = got.double().sum(0, keepdim=True)
         if tuple(got.shape) != tuple(expected.shape):

@@ -69,6 +69,8 @@ def make_tasks(kernels: Sequence[str], workloads: Sequence[Workload], hardware: 
                 every = sorted(set(covers[workload.n, workload.dtype, T]))
                 C = workload.C if spec.has_channels else every[0]
                 p = spec.problem(workload.n, C, workload.dtype)
+                if spec.unserved_on(p, hardware.arch):
+                    continue
                 task = Task(name, p, T, hardware.arch, hardware.profile, (C,) if spec.has_channels else tuple(every))
                 tasks.setdefault((name, p, T), task)
     return list(tasks.values())

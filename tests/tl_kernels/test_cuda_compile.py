@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tl_kernels import KERNELS, NAMES
+from tl_kernels import KERNELS, NAMES, WHOLE
 from tl_kernels.launch import compile_kernel
 from tl_kernels.spec import SHARED_LIMIT
 
@@ -15,6 +15,10 @@ nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH"
 
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+
+
+#: What runs where: a kernel says which instructions it asks for.
+PAIRS = [(name, arch) for arch in ARCHS for name in NAMES if KERNELS[name].unserved_on(KERNELS[name].problem(4, 2560), arch) is None]
 
 
 def compile_default(name, arch):
@@ -28,15 +32,14 @@ def compile_default(name, arch):
 def sources():
     """Futures of the source of every (kernel, architecture), compiled on all cores in processes of their own."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        futures = {(name, arch): pool.submit(compile_default, name, arch) for arch in ARCHS for name in NAMES}
+        futures = {(name, arch): pool.submit(compile_default, name, arch) for name, arch in PAIRS}
         yield futures
         for future in futures.values():
             future.cancel()
 
 
 @nvcc
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "arch"), PAIRS)
 def test_default_compiles(name, arch, sources):
     assert f"{name}_kernel" in sources[name, arch].result()
 
@@ -50,7 +53,7 @@ def test_tf32_path_compiles(name, dtype):
     assert f"{name}_kernel" in compile_kernel(kernel, p, kernel.default(p), "sm_90a").get_kernel_source()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WHOLE])
 def test_default_fits_the_smallest_shared_memory(name):
     import tilelang
     from tilelang import tvm

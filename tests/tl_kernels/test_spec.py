@@ -13,7 +13,8 @@ def test_the_default_is_valid_for_every_size(name):
     kernel = KERNELS[name]
     for n, C, dtype in SIZES:
         p = kernel.problem(n, C, dtype)
-        assert kernel.invalid(p, kernel.default(p)) is None, (p, kernel.default(p))
+        if kernel.unserved(p) is None:
+            assert kernel.invalid(p, kernel.default(p)) is None, (p, kernel.default(p))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,115 @@
+"""``project_pre`` and ``post_res_project_pre``: a token's row on chip, in groups of blocks that wait for each other."""
+
+import pytest
+import torch
+
+from tests.tl_kernels.checks import check, launcher
+from tl_kernels import KERNELS, WHOLE
+from tl_kernels.meeting import RING, scratch_size
+from tl_kernels.whole import group_of
+from tuner.inputs import make_inputs
+
+# n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
+SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1}
+CPU = ((4, 64, {"groups": 2}), (4, 136, {}), (2, 128, {"groups": 2, "ahead": 2}), (1, 200, {"block_T": 32}))
+GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
+GPU += (
+    (4, 2560, {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1}),
+    (4, 7168, None),
+    (4, 4096, None),
+    (3, 1280, None),
+)
+CASES = [pytest.param("cpu", n, C, {**SMALL, **cfg}, id=f"cpu-n{n}-C{C}") for n, C, cfg in CPU]
+CASES += [
+    pytest.param("cuda", n, C, cfg, id=f"cuda-n{n}-C{C}-{'default' if cfg is None else cfg['block_C']}", marks=pytest.mark.gpu)
+    for n, C, cfg in GPU
+]
+
+
+@pytest.mark.parametrize(("device", "n", "C", "cfg"), CASES)
+@pytest.mark.parametrize("name", WHOLE)
+def test_matches_the_reference(name, device, n, C, cfg):
+    check(name, device, n, C, cfg=cfg, tokens=(1, 37, 131) if device == "cpu" else (1, 37, 131, 1000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WHOLE)
+def test_many_launches_of_many_lengths_with_one_scratch(name):
+    """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
+    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6})
+    inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in (1, 15, 16, 17, 95, 96, 97, 500)}
+    first = {T: run(*inputs[T]) for T in inputs}
+    for _ in range(20):
+        for T in inputs:
+            for a, b in zip(first[T], run(*inputs[T]), strict=True):
+                assert torch.equal(a, b), T
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WHOLE)
+def test_streams_and_graphs_have_scratch_of_their_own(name):
+    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 2})
+    inputs = make_inputs(run.kernel, run.p, 300, 0, "cuda")
+    want = run(*inputs)
+    graphs, outs = [], []
+    for _ in range(2):  # both captured on the same stream, replayed on two
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([run(*inputs) for _ in range(3)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        eager = run(*inputs)
+    torch.cuda.synchronize()
+    for out in (*outs[0], *outs[1], eager):
+        for a, b in zip(want, out, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_rules_of_a_configuration(name):
+    kernel = KERNELS[name]
+    p = kernel.problem(4, 2560)
+    good = {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1}
+    assert kernel.invalid(p, good) is None
+    for change, why in (
+        ({"block_T": 24}, "wanted 16, 32 or 64 tokens"),
+        ({"block_C": 32}, "64, 128 or 256 channels"),
+        ({"threads": 192}, "wanted a multiple of 128"),
+        ({"block_T": 16, "block_C": 64}, "divisor of block_T=16 tokens at a time, not 32"),
+        ({"groups": 16}, "groups=16: 320 blocks"),
+        ({"block_C": 256}, "bytes of shared memory"),
+    ):
+        assert why in kernel.invalid(p, {**good, **change})
+    assert "112 words a thread would spill" in kernel.invalid(kernel.problem(4, 7168), {**good, "groups": 2})
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(("n", "C", "dtype"), [(5, 64, "bfloat16"), (4, 100, "bfloat16"), (4, 64, "float16"), (4, 23048, "bfloat16")])
+def test_says_what_it_does_not_serve(name, n, C, dtype):
+    kernel = KERNELS[name]
+    assert "wanted at most" in kernel.unserved(kernel.problem(n, C, dtype))
+    assert kernel.unserved(kernel.problem(4, 2560)) is None
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_needs_hopper(name):
+    kernel = KERNELS[name]
+    p = kernel.problem(4, 2560)
+    assert kernel.unserved_on(p, "sm_90a") is None
+    assert kernel.unserved_on(p, "sm_100a") is None
+    for arch in ("cpu", "sm_89"):
+        assert kernel.unserved_on(p, arch) == f"{name}: wanted compute capability 9.0 or later, not {arch}"
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_scratch_is_the_places_and_the_counters(name):
+    kernel = KERNELS[name]
+    p = kernel.problem(4, 2560)
+    cfg = {**SMALL, "block_C": 128, "groups": 6}
+    assert group_of(p, cfg) == 20
+    assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25) == 6 * RING * 20 * 25 * 16 + 12
