@@ -45,7 +45,7 @@ def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
     if target == "cpu":
         from tl_kernels.cpu import compile_cpu
 
-        return compile_cpu(func, concurrent=True) if kernel.scratch else compile_cpu(func)
+        return compile_cpu(func)
     import tilelang
 
     with _PARSING:

@@ -16,7 +16,7 @@ def pytest_collection_finish(session):
         params = getattr(getattr(item, "callspec", None), "params", {})
         if params.get("device") == "cpu" and "n" in params and "name" in params:
             # a failure is the test's to report: it asks again
-            _POOL.submit(launcher, params["name"], "cpu", params["n"], params["C"], params["dtype"])
+            _POOL.submit(launcher, params["name"], "cpu", params["n"], params["C"], params.get("dtype", "bfloat16"), params.get("cfg"))
 
 
 def pytest_sessionfinish():

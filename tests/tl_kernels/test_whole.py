@@ -5,8 +5,11 @@ import torch
 
 from tests.tl_kernels.checks import check, launcher
 from tl_kernels import KERNELS, WHOLE
+from tl_kernels.cpu import available, compile_cpu
+from tl_kernels.launch import Launcher
 from tl_kernels.meeting import RING, scratch_size
 from tl_kernels.whole import group_of
+from tuner import gate
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
@@ -19,17 +22,35 @@ GPU += (
     (4, 4096, None),
     (3, 1280, None),
 )
-CASES = [pytest.param("cpu", n, C, {**SMALL, **cfg}, id=f"cpu-n{n}-C{C}") for n, C, cfg in CPU]
+FEW = CPU[1:3]  # the two programs share all but the main role
+CASES = [
+    pytest.param(name, "cpu", n, C, {**SMALL, **cfg}, id=f"{name}-cpu-n{n}-C{C}")
+    for name in WHOLE
+    for n, C, cfg in (FEW if name == "project_pre" else CPU)
+]
 CASES += [
-    pytest.param("cuda", n, C, cfg, id=f"cuda-n{n}-C{C}-{'default' if cfg is None else cfg['block_C']}", marks=pytest.mark.gpu)
+    pytest.param(name, "cuda", n, C, cfg, id=f"{name}-cuda-n{n}-C{C}-{'default' if cfg is None else cfg['block_C']}", marks=pytest.mark.gpu)
+    for name in WHOLE
     for n, C, cfg in GPU
 ]
 
 
-@pytest.mark.parametrize(("device", "n", "C", "cfg"), CASES)
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(("name", "device", "n", "C", "cfg"), CASES)
 def test_matches_the_reference(name, device, n, C, cfg):
     check(name, device, n, C, cfg=cfg, tokens=(1, 37, 131) if device == "cpu" else (1, 37, 131, 1000))
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
+@pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2), ("project_pre", 1)])
+def test_roles_in_every_order_their_barriers_allow(name, order):
+    """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
+    kernel = KERNELS[name]
+    p, cfg = kernel.problem(4, 136), {**SMALL, "block_C": 128}
+    run = Launcher(kernel, p, cfg, "cpu")
+    run._call = compile_cpu(kernel.build(p, cfg), order=order)
+    inputs = make_inputs(kernel, p, 50, 0)
+    for _ in range(2):
+        gate.check(run, gate.Case(50, inputs, gate.reference_fp64(kernel, p, inputs)))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,122 @@
+"""Which design serves an operator: the first, unless the profile has times at this shape that speak for another."""
+
+import pytest
+import torch
+
+import mhc
+from mhc import backend, profile
+from mhc.schema import Entry
+from tests.conftest import relative_error
+from tests.mhc.test_fused import chained, make_inputs
+from tests.mhc.test_schema import ENTRY
+from tl_kernels import WHOLE
+
+PIECES = ["project_parts", "coefficients", "pre", "post_res_project", "coefficients", "pre", "post_res"]
+SHORTCUTS = ["project_pre", "coefficients", "post_res_project_pre", "coefficients", "post_res"]
+SMALL = {"block_T": 16, "block_C": 64, "groups": 2, "threads": 128, "ahead": 1}
+
+
+def tuned(times, impl="reference", n=4, C=64):
+    """A stand-in for ``profile.choose``: kernels of ``times`` were tuned at this shape, the others were not."""
+    choose = profile.choose
+
+    def chosen(kernel, p, T, device):
+        config = SMALL if kernel in WHOLE else choose(kernel, p, T, device).config
+        if kernel not in times:
+            return profile.Choice(config, impl, "default")
+        entry = Entry.model_validate({**ENTRY, "kernel": kernel, "n": n, "C": C, "config": dict(config), "time_us": times[kernel]})
+        return profile.Choice(config, impl, "exact", entry)
+
+    return chosen
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Names of the kernels that the reference stood in for, in order."""
+    names, run_reference = [], backend.run_reference
+    monkeypatch.setattr(backend, "run_reference", lambda name, *rest: names.append(name) or run_reference(name, *rest))
+    profile.reset()
+    yield names
+    profile.reset()
+
+
+FAST = {"project_pre": 1.0, "post_res_project_pre": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("times", "C", "expected"),
+    [
+        ({}, 64, PIECES),
+        (FAST, 64, SHORTCUTS),
+        ({**FAST, "project_parts": 0.5, "pre": 0.4, "post_res_project": 0.5}, 64, PIECES),
+        ({**FAST, "project_parts": 0.5, "pre": 0.6, "post_res_project": 0.5}, 64, SHORTCUTS),
+        ({"project_pre": 1.0, "project_parts": 0.5, "pre": 0.6}, 64, [*SHORTCUTS[:2], *PIECES[3:]]),
+        (FAST, 128, PIECES),  # tuned at another C
+        ({**FAST, "coefficients": 9.0}, 64, SHORTCUTS),  # both designs run it
+    ],
+)
+def test_the_fastest_design_serves(served, monkeypatch, times, C, expected):
+    monkeypatch.setattr(profile, "choose", tuned(times))
+    inputs = make_inputs(T=6, C=C, dtype=torch.bfloat16)
+    with torch.no_grad(), mhc.use_backend("auto"):
+        chained(inputs)
+    assert served == expected
+
+
+@pytest.mark.parametrize(("n", "C", "dtype"), [(5, 64, torch.bfloat16), (4, 36, torch.bfloat16), (4, 64, torch.float32)])
+def test_a_shortcut_that_does_not_serve_is_not_taken(served, monkeypatch, n, C, dtype):
+    monkeypatch.setattr(profile, "choose", tuned(FAST, n=n, C=C))
+    with torch.no_grad(), mhc.use_backend("auto"):
+        chained(make_inputs(T=6, n=n, C=C, dtype=dtype))
+    assert served == PIECES
+
+
+@pytest.mark.usefixtures("served")
+def test_both_designs_give_the_same(monkeypatch):
+    grads = []
+    for times in ({}, FAST):
+        monkeypatch.setattr(profile, "choose", tuned(times))
+        profile.reset()
+        inputs = make_inputs(T=6, C=64, dtype=torch.bfloat16)
+        with mhc.use_backend("auto"):
+            out = chained(inputs)
+            out["next_y"].float().square().sum().backward()
+        grads.append([*(t.detach() for t in out.values()), *(t.grad for t in inputs)])
+    for a, b in zip(*grads, strict=True):
+        assert relative_error(a, b) < 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 100, 1000])
+def test_both_designs_give_the_same_on_a_gpu(monkeypatch, T):
+    results = []
+    for times in ({}, FAST):
+        monkeypatch.setattr(profile, "choose", tuned(times, "tilelang", C=256))
+        profile.reset()
+        inputs = make_inputs(T=T, C=256, dtype=torch.bfloat16, device="cuda")
+        out = chained(inputs)
+        out["next_y"].float().square().sum().backward()
+        results.append([*(t.detach() for t in out.values()), *(t.grad for t in inputs)])
+    profile.reset()
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 4e-3
+
+
+@pytest.mark.usefixtures("reference_backend")
+def test_a_shortcut_called_by_itself_checks_its_arguments():
+    from mhc.fused import KERNEL_CALLS
+
+    x, phi, alpha, b, *_ = make_inputs(C=64)
+    u, parts = KERNEL_CALLS["project_pre"](x, phi, alpha, b)
+    assert u.shape == (5, 64)
+    assert parts.shape == (1, 25, 5)
+    with pytest.raises(ValueError, match=r"mhc\.project_pre: b: got shape \(3,\), wanted \(24,\)"):
+        KERNEL_CALLS["project_pre"](x, phi, alpha, b[:3])
+
+
+def test_a_shortcut_called_by_itself_says_what_it_does_not_serve():
+    from mhc.fused import KERNEL_CALLS
+
+    x, phi, alpha, b, *_ = make_inputs(C=64)
+    with mhc.use_backend("tilelang"), pytest.raises(ValueError, match=r"mhc\.project_pre: n=4, C=64, float32: wanted at most 4 bfloat16"):
+        KERNEL_CALLS["project_pre"](x, phi, alpha, b)
