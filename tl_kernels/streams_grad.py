@@ -9,7 +9,7 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, vector_width
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
 
 def build(p, cfg):
@@ -20,7 +20,7 @@ def build(p, cfg):
     kp = dphi_rows(p, cfg)
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
-    overlap, apart = cfg["overlap"] > 0, cfg["overlap"] == 2
+    overlap = cfg["overlap"] == 1
     product = T.wgmma_gemm if overlap else T.gemm
     rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
     T_ = T.dynamic("T")
@@ -56,8 +56,6 @@ def build(p, cfg):
             du_f = T.alloc_fragment((bt, bc), dtype)
             x_f = T.alloc_fragment((bt, bc), dtype)
             dx_f = T.alloc_fragment((bt, bc), ACC)
-            if apart:
-                T.annotate_layout(own_rows(p, cfg, dy_f, (du_f, x_f, dx_f)))
             tiles = T.ceildiv(T.ceildiv(T_, bt), splits)
             if stages == 2:
                 for j in T.unroll(n):
@@ -101,9 +99,6 @@ def build(p, cfg):
                 for m, t in T.Parallel(M, bt):
                     dz_hi[m, t] = high(dz_s[st, m, t], mma)
                     dz_lo[m, t] = low(dz_s[st, m, t], mma)
-                if apart:
-                    T.fence_proxy_async()
-                    T.sync_threads()
                 # dphi^T = x^T dz
                 if direct and nx == 1:
                     product(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
@@ -137,11 +132,7 @@ def build(p, cfg):
                         T.gemm(dz_hi, phi_hi[j, :, :], g_TC, transpose_A=True)
                         T.gemm(dz_hi, phi_lo[j, :, :], g_TC, transpose_A=True)
                         T.gemm(dz_lo, phi_hi[j, :, :], g_TC, transpose_A=True)
-                    if apart:
-                        T.sync_warp()  # the last stream's has been read
                     T.copy(g_TC, g_s[:, 0:bc])
-                    if apart:
-                        T.sync_warp()
                     if overlap and j + 1 < n:
                         product(dz_hi, phi_hi[j + 1, :, :], g_TC, transpose_A=True, clear_accum=True)
                         product(dz_hi, phi_lo[j + 1, :, :], g_TC, transpose_A=True)
@@ -161,26 +152,6 @@ def build(p, cfg):
                     dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
 
     return streams_grad
-
-
-def own_rows(p, cfg, rows, others):
-    """Layouts in which a warp adds up the tokens and channels whose products it holds: what passes between the two layouts stays with it.
-
-    wgmma gives warp w of a warpgroup tokens 16 w to 16 w + 15, and each of the two warpgroups half of the channels.
-    """
-    n, bt, bc, vec = p.n, cfg["block_T"], cfg["block_C"], vector_width(p)
-    vectors = bc // 2 // vec  # of a token in a warp
-
-    def thread(t, c):
-        return c // (bc // 2) * 128 + t // 16 * 32 + (t % 16 * vectors + c % (bc // 2) // vec) % 32
-
-    def index(t, c):
-        return (t % 16 * vectors + c % (bc // 2) // vec) // 32 * vec + c % vec
-
-    held = 16 * bc // 64
-    one = T.Fragment((bt, bc), forward_thread_fn=thread, forward_index_fn=index)
-    every = T.Fragment((n, bt, bc), forward_thread_fn=lambda i, t, c: thread(t, c), forward_index_fn=lambda i, t, c: i * held + index(t, c))
-    return {rows: every, **dict.fromkeys(others, one)}
 
 
 def dphi_rows(p, cfg):
@@ -204,8 +175,6 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_C={bc}: wanted multiples of 16 and 8"
     if threads // 32 > bt // 16 * (bc // 8):
         return f"block_T={bt}, block_C={bc}, threads={threads}: a warp multiplies at least 16 tokens by 8 channels"
-    if cfg["overlap"] == 2 and (cfg["stages"] != 2 or bt != 64 or bc not in (64, 128) or threads != 256):
-        return f"overlap=2, block_T={bt}, block_C={bc}, threads={threads}: wanted 64 tokens, 64 or 128 channels, 256 threads, 2 stages"
     if cfg["overlap"] and (mma_dtype(p) != "bfloat16" or bt % 64 or threads % 128):
         return f"overlap={cfg['overlap']}: wanted bf16 streams, block_T a multiple of 64 and threads of 128"
     if cfg["stages"] > 1 and not can_stage(p):
@@ -249,19 +218,17 @@ streams_grad = Kernel(
         "splits": (1, 2, 3, 4, 8, 13, 16),
         "threads": (128, 256),
         "stages": (1, 2),
-        "overlap": (0, 1, 2),
+        "overlap": (0, 1),
     },
     default=default,
     invalid=invalid,
     seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 2},
         {"block_T": 64, "block_C": 64, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
         {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1},
         {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1},
         {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
     ),
     reference=reference.streams_grad,
-    # barriers by hand where warps keep to themselves
-    pass_configs=lambda cfg: {"tl.disable_thread_storage_sync": True} if cfg["overlap"] == 2 else {},
     gpu_only=("threads", "stages", "overlap"),
 )
