@@ -124,15 +124,15 @@ def unserved(p):
     """Why no configuration serves a problem, or None."""
     if p.dtype != "bfloat16" or p.n > 4 or p.C % vector_width(p):
         return f"n={p.n}, C={p.C}, {p.dtype}: wanted at most 4 bfloat16 streams whose rows start on 16 bytes"
-    if p.C > 90 * 256:
-        return f"C={p.C}: wanted at most {90 * 256}"
-    return None
+    return invalid(p, default(p))
 
 
 def default(p):
-    """Narrow slices where C is small, so that there are blocks enough."""
-    bc = 64 if p.C <= 1024 else 128 if p.C <= 8192 else 256
-    return {"block_T": 16, "block_C": bc, "groups": max(1, 96 // ceildiv(p.C, bc)), "threads": 128, "ahead": 1}
+    """For about 132 multiprocessors; narrow slices where C is small, so that there are blocks enough."""
+    bc = 64 if p.C <= 1024 else 128 if p.C <= 90 * 128 else 256
+    groups = max(1, 132 // ceildiv(p.C, bc))
+    cfgs = [{"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": 1} for bt, threads in ((32, 256), (16, 128))]
+    return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
 
 
 def space(p):

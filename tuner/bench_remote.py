@@ -63,7 +63,8 @@ def find_env(name: str, given: Mapping[str, Path]) -> Path | None:
 def _launch(env: Path | None, device: str, links: Path) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the worker. An interpreter sees only this project's packages that it needs, through ``links``."""
     module = ["-m", "tuner.bench_worker", device]
-    variables = dict(os.environ)
+    # TileLang tells its children where it lives: not to one of another version
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("TL_", "TVM_", "TILELANG_"))}
     if env is None:
         variables["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         return [sys.executable, *module], variables
