@@ -63,11 +63,12 @@ def find_env(name: str, given: Mapping[str, Path]) -> Path | None:
 def _launch(env: Path | None, device: str, links: Path) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the worker. An interpreter sees only this project's packages that it needs, through ``links``."""
     module = ["-m", "tuner.bench_worker", device]
-    # TileLang tells its children where it lives: not to one of another version
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("TL_", "TVM_", "TILELANG_"))}
+    variables = dict(os.environ)
     if env is None:
         variables["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         return [sys.executable, *module], variables
+    # TileLang tells its children where its files are: not to another version of it
+    variables = {k: v for k, v in variables.items() if not k.startswith(("TL_", "TVM_", "TILELANG_"))}
     path = str(env.resolve())
     if env.suffix == ".sh":
         return ["bash", "-c", 'source "$0" && exec "$(command -v python || command -v python3)" "$@"', path, *module], variables
