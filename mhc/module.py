@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mhc import ops
-from mhc.signatures import check_sinkhorn
+from mhc.signatures import check_sinkhorn, new_ticket
 from tl_kernels.spec import MAX_N
 
 #: Logit of the diagonal of H_res at the start, against 0 beside it; see HyperConnection on why.
@@ -232,10 +232,13 @@ class HyperConnection(Float32Parameters):
         _, n, dim = ctx.x.shape
         if n != self.n or dim != self.dim:
             raise ValueError(f"ctx: got streams of shape {tuple(ctx.x.shape)}, wanted [T, n={self.n}, dim={self.dim}]")
-        if not self.fused or ctx.ticket is None:
+        ticket = ctx.ticket
+        if self.fused and ticket is None and not torch.is_grad_enabled():
+            ticket = new_ticket(ctx.x)  # a previous pre() under no_grad gives none; here too nothing gets a gradient
+        if not self.fused or ticket is None:
             return self.pre(self.post(f, ctx))
         f_TC = self._layer_output(f, ctx)
-        y, u, _, H_post, H_res, _, ticket = ops.boundary(ctx.x, f_TC, ctx.H_post, ctx.H_res, ctx.ticket, *self._weights())
+        y, u, _, H_post, H_res, _, ticket = ops.boundary(ctx.x, f_TC, ctx.H_post, ctx.H_res, ticket, *self._weights())
         return u if f.dim() == 2 else u.view(f.shape), Context(y.detach(), H_post, H_res, ticket)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
