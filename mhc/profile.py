@@ -67,7 +67,7 @@ class Choice:
     impl: Literal["tilelang", "reference"]
     origin: Literal["exact", "nearest", "default"]
     #: The entry it comes from.
-    tuned: Entry | None = None
+    tuned: Entry | None = field(default=None, compare=False)
 
 
 def choose(kernel: str, p: Problem, T: int, device: torch.device) -> Choice:

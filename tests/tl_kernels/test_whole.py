@@ -14,7 +14,7 @@ from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
 SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1}
-CPU = ((4, 64, {"groups": 2}), (4, 136, {}), (2, 128, {"groups": 2, "ahead": 2}), (1, 200, {"block_T": 32}))
+CPU = ((4, 64, {"groups": 2}), (4, 136, {}), (1, 200, {"block_T": 32, "groups": 2, "ahead": 2}))
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
 GPU += (
     (4, 2560, {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1}),
@@ -22,7 +22,7 @@ GPU += (
     (4, 4096, None),
     (3, 1280, None),
 )
-FEW = CPU[1:3]  # the two programs share all but the main role
+FEW = CPU[1:2]  # the two programs share all but the main role
 CASES = [
     pytest.param(name, "cpu", n, C, {**SMALL, **cfg}, id=f"{name}-cpu-n{n}-C{C}")
     for name in WHOLE
@@ -41,7 +41,7 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2), ("project_pre", 1)])
+@pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
 def test_roles_in_every_order_their_barriers_allow(name, order):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]

@@ -91,7 +91,7 @@ def test_decode_has_every_entrant_at_every_token_count(result):
 
 def test_every_kernel_has_a_line_with_bytes_and_rate(result):
     rows = {row["kernel"]: row for row in result["json"]["shapes"][0]["kernels"]}
-    assert list(rows) == list(KERNELS)
+    assert list(rows) == [name for name, kernel in KERNELS.items() if kernel.unserved_on(kernel.problem(2, 32), "cpu") is None]
     for name, row in rows.items():
         assert row["failure"] is None, f"{name}: {row['failure']}"
         assert row["bytes"] == KERNELS[name].bytes_moved(KERNELS[name].problem(2, 32), 8)
