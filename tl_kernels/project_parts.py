@@ -2,17 +2,21 @@
 
 ``project`` without its last step, which ``coefficients`` does: splits let few tokens use the whole GPU. The next tile of x and phi is on
 its way (cp.async) while the present one is multiplied; phi hi and lo are the two halves of one operand, so x is read once by the MMA.
+bfloat16 streams have a choice of the parts: bf16, which take x as it is, or tf32, which are finer and need x widened.
 """
 
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
+from tl_kernels.mma import ACC, can_stage, high, low, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
+
+#: Dtype that operands of a kind of MMA are declared with.
+OPERANDS = {"bf16": "bfloat16", "tf32": ACC}
 
 
 def build(p, cfg):
-    K, M, dtype, mma = p.K, p.M, p.dtype, mma_dtype(p)
+    K, M, dtype, mma = p.K, p.M, p.dtype, OPERANDS[cfg["mma"]]
     bt, bk, splits, stages = cfg["block_T"], cfg["block_K"], cfg["splits"], cfg["stages"]
     N = padded(M, 32)
     per = ceildiv(ceildiv(K, bk), splits)
@@ -89,7 +93,7 @@ def build(p, cfg):
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     bt, bk, stages = cfg["block_T"], cfg["block_K"], cfg["stages"]
-    part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 32)
+    part, N = (2 if cfg["mma"] == "bf16" else 4), padded(p.M, 32)
     x_split = 0 if part == 2 else x_parts(p) * bt * bk * 4
     return stages * bk * (bt * p.itemsize + p.M * 4) + x_split + 2 * N * (bk * part + bt * 4)
 
@@ -97,6 +101,8 @@ def shared_bytes(p, cfg):
 def invalid(p, cfg):
     """Why a configuration cannot work, or None."""
     bt, bk, threads = cfg["block_T"], cfg["block_K"], cfg["threads"]
+    if cfg["mma"] == "bf16" and p.dtype != "bfloat16":
+        return f"mma={cfg['mma']}: wanted tf32 for streams in {p.dtype}"
     if bt % 16 or bk % 16:
         return f"block_T={bt}, block_K={bk}: wanted multiples of 16"
     if cfg["stages"] > 1 and not can_stage(p):
@@ -112,7 +118,12 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     bk = 64 if p.itemsize == 2 and p.n <= 4 else 32
-    return {"block_T": 64, "block_K": bk, "splits": min(2, ceildiv(p.K, bk)), "threads": 128, "stages": 1}
+    return {"block_T": 64, "block_K": bk, "splits": min(2, ceildiv(p.K, bk)), "threads": 128, "stages": 1, "mma": kinds(p)[0]}
+
+
+def kinds(p):
+    """The kinds of MMA that serve a problem, the default first (results/notes.md, third session: error and time of both)."""
+    return ("bf16", "tf32") if p.dtype == "bfloat16" else ("tf32",)
 
 
 project_parts = Kernel(
@@ -126,14 +137,15 @@ project_parts = Kernel(
         "splits": (1, 2, 4, 8, 16, 32),
         "threads": (128, 256),
         "stages": (1, 2, 3, 4),
+        "mma": kinds(p),
     },
     default=default,
     invalid=invalid,
     seeds=(
-        {"block_T": 64, "block_K": 128, "splits": 2, "threads": 128, "stages": 3},
-        {"block_T": 128, "block_K": 128, "splits": 2, "threads": 256, "stages": 3},
-        {"block_T": 64, "block_K": 64, "splits": 32, "threads": 128, "stages": 3},
+        {"block_T": 64, "block_K": 128, "splits": 2, "threads": 128, "stages": 3, "mma": "bf16"},
+        {"block_T": 128, "block_K": 128, "splits": 2, "threads": 256, "stages": 3, "mma": "bf16"},
+        {"block_T": 64, "block_K": 64, "splits": 32, "threads": 128, "stages": 3, "mma": "bf16"},
     ),
     reference=lambda *inputs: (reference.project_parts(*inputs),),
-    gpu_only=("threads", "stages"),
+    gpu_only=("threads", "stages", "mma"),
 )

@@ -186,8 +186,13 @@ def capture(call: Callable[[], Any]) -> tuple[Call, Any]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()[0]):
-        out = call()
+    try:
+        with torch.cuda.graph(graph, pool=_pool()[0]):
+            out = call()
+    except BaseException:
+        # PyTorch goes on recording to the pool of a capture that failed; earlier graphs keep theirs alive
+        _pool.cache_clear()
+        raise
     return graph.replay, out
 
 

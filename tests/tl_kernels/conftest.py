@@ -10,7 +10,8 @@ _POOL = ThreadPoolExecutor(os.cpu_count())
 
 
 def pytest_collection_finish(session):
-    if session.config.option.collectonly or not available():
+    # under pytest-xdist every worker would compile everything: there tests compile side by side anyway
+    if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER") or not available():
         return
     for item in session.items:
         params = getattr(getattr(item, "callspec", None), "params", {})

@@ -2,6 +2,10 @@
 
 FlashInfer takes z and the sum of squares from elsewhere; ``tf32_hc_prenorm_gemm`` gives both in one pass over the streams, split over K
 where there are few tokens. The function is ours: fn [M,K] float32, rows pre, post, comb [source,target], columns first, every eps 1e-6.
+
+A wheel of DeepGEMM reads PyTorch's tensors at the offsets of the PyTorch it was compiled with and does not ask which one it meets.
+0.1.5.post1 is SGLang's choice for PyTorch 2.11. Later ones (0.1.5.post3, 0.2.1) are laid out for 2.13 and fail under 2.11 with
+«dim == 2 or dim == 3», whatever the operands.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from tuner.bench_case import Case
 from tuner.bench_rivals import Boundary, Rival
 from tuner.rivals._checks import only_four_bf16_streams
 
-NEEDS = "flashinfer-python==0.7.2.post1 sgl-deep-gemm==0.2.1.post1 apache-tvm-ffi==0.1.11"
+NEEDS = "flashinfer-python==0.7.2.post1 sgl-deep-gemm==0.1.5.post1 apache-tvm-ffi==0.1.11"
 BACKWARD = False
 PACKAGE = "flashinfer"
 #: Tokens of one block of the projection.
@@ -53,13 +57,12 @@ def make(case: Case) -> Boundary:
     fn, base, scale = case.fn, case.base, case.scale
     M, K = fn.shape
     S = splits(T, torch.cuda.get_device_properties(case.x.device).multi_processor_count)
+    partial = (S, T) if S > 1 else (T,)  # for one split FlashInfer wants no dimension of splits; DeepGEMM takes either
 
     def step(streams: Tensor) -> Tensor:
-        z = streams.new_empty((S, T, M), dtype=torch.float32)
-        squares = streams.new_empty((S, T), dtype=torch.float32)
-        deep_gemm.tf32_hc_prenorm_gemm(streams.view(T, K), fn, z, squares, num_splits=S)
-        if S == 1:
-            z, squares = z[0], squares[0]
+        z = streams.new_empty((*partial, M), dtype=torch.float32)
+        squares = streams.new_empty(partial, dtype=torch.float32)
+        deep_gemm.tf32_hc_prenorm_gemm(streams.view(T, K), fn, z, squares, num_splits=S if S > 1 else None)
         H_post, H_comb, u = mhc.mhc_pre_big_fuse(
             z, squares, streams, scale, base, K, mhc_post_mult_value=2.0, sinkhorn_repeat=20, num_splits=S
         )
