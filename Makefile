@@ -41,7 +41,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 16 --dist worksteal $(ARGS)
 
 ifneq ($(READY),)
 $(READY): pyproject.toml

@@ -26,7 +26,6 @@ import math
 import os
 import platform
 import re
-import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from mhc.files import replace_file
 from mhc.schema import Entry, Profile
 from mhc.yamlfile import YAMLFileError, first_complaint, read_yaml
 from tl_kernels import KERNELS
@@ -126,25 +126,12 @@ def active_profile(device: torch.device) -> Profile | None:
 
 def save_profile(profile: Profile, path: str | Path) -> None:
     """Write ``profile`` as YAML so that a reader sees either the old file or the whole new one. Raises :class:`ProfileError`."""
-    path = Path(os.path.realpath(path))
     # ASCII with escapes: of what allow_unicode would write as it is, YAML reads U+0085 back as a space
-    text = _HEADER + yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=140)
-    temporary = None
+    text = _HEADER + yaml.safe_dump(profile.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=140)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, a profile is shared
-        os.replace(temporary, path)
-        temporary = None
+        replace_file(path, text)
     except OSError as e:
         raise ProfileError(path, f"cannot be written: {e.strerror or e}") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def packaged_dir() -> Path:
@@ -306,11 +293,36 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: got {device}, wanted cpu or cuda")
     kernel = KERNELS[kernel_name]
-    default = Choice(dict(kernel.default(p)), "tilelang", "default")
     source = _source(device)
     entries = _fresh_entries(source, kernel, device) if source else []
     if not source or not entries:
-        return default
+        return Choice(dict(kernel.default(p)), "tilelang", "default")
+    choice, refused = _pick(kernel, p, T, entries)
+    log.debug("%s %s T~%d on %s: %s (%s, %s)", kernel.name, p, T, device, choice.config, choice.origin, choice.impl)
+    if choice.tuned is None:
+        _report_shape(source, kernel, p, T, device, "served by the default configuration", refused)
+    elif refused or choice.origin == "nearest":
+        _report_shape(source, kernel, p, T, device, f"served by {_shape(choice.tuned)}", refused)
+    return choice
+
+
+def choose_from(profile: Profile, kernel: str, p: Problem, T: int) -> tuple[Choice, str]:
+    """What :func:`choose` says on the device that ``profile`` was tuned on, without that device; and why a nearer entry does not serve, or
+    ``""``. Raises KeyError for an unknown kernel.
+    """
+    spec = KERNELS[kernel]
+    entries = [e for e in profile.entries if e.kernel == kernel and e.source_hash == spec.source_hash]
+    return _pick(spec, p, 1 << ((T * T).bit_length() >> 1), entries)
+
+
+def nearest_entry(profile: Profile, kernel: str, p: Problem, T: int) -> Entry | None:
+    """The entry that :func:`choose_from` would look at first, were none of them stale. Raises KeyError for an unknown kernel."""
+    entries = _by_distance(KERNELS[kernel], p, 1 << ((T * T).bit_length() >> 1), [e for e in profile.entries if e.kernel == kernel])
+    return entries[0][1] if entries else None
+
+
+def _by_distance(kernel: Kernel, p: Problem, T: int, entries: list[Entry]) -> list[tuple[tuple[float, ...], Entry]]:
+    """The entries that can serve the problem's dtype, each with how far it is in n, C, dtype and T; the nearest first."""
     has_C, has_dtype = kernel.has_channels, kernel.has_streams
 
     def distance(e: Entry) -> tuple[float, ...]:
@@ -318,21 +330,22 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
         far_T = abs(math.log(e.tokens / T)) if kernel.has_tokens else 0.0
         return (abs(e.n - p.n), far_C, has_dtype and e.dtype != p.dtype, far_T, -e.tokens)
 
+    return sorted(((distance(e), e) for e in entries if not has_dtype or _wide(e.dtype) == _wide(p.dtype)), key=lambda item: item[0])
+
+
+def _pick(kernel: Kernel, p: Problem, T: int, entries: list[Entry]) -> tuple[Choice, str]:
+    """The nearest entry that is valid for the problem, else the default; and why a nearer one is not."""
+    default = Choice(dict(kernel.default(p)), "tilelang", "default")
     refused = ""
-    for e in sorted((e for e in entries if not has_dtype or _wide(e.dtype) == _wide(p.dtype)), key=distance):
+    for (off_n, off_C, off_dtype, off_T, _), e in _by_distance(kernel, p, T, entries):
         reason = _reason_against(kernel, p, e.config, default.config)
         if reason and e.impl == "tilelang":
             refused = refused or f"{_shape(e)}: {reason}"
             continue
-        off_n, off_C, off_dtype, off_T, _ = distance(e)
         origin: Literal["exact", "nearest"] = "nearest" if off_n or off_C or off_dtype or off_T > math.log(2.001) else "exact"
-        log.debug("%s %s T~%d on %s: %s (%s, %s)", kernel.name, p, T, device, e.config, origin, e.impl)
-        if refused or origin == "nearest":
-            _report_shape(source, kernel, p, T, device, f"served by {_shape(e)}", refused)
         # where the reference serves, the configuration is for who asks for TileLang all the same
-        return Choice(default.config if reason else dict(e.config), e.impl, origin, e)
-    _report_shape(source, kernel, p, T, device, "served by the default configuration", refused)
-    return default
+        return Choice(default.config if reason else dict(e.config), e.impl, origin, e), refused
+    return default, refused
 
 
 def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> list[Entry]:

@@ -5,6 +5,10 @@ Written by ``mhc-tune``, read by :mod:`mhc.profile`. Times are microseconds, rat
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -27,13 +31,47 @@ def _knob(value: Any) -> int | str | bool:
     return value
 
 
-def _interval(value: Any) -> tuple[float, float]:
+def _pair(value: Any, least: float, wanted: str) -> tuple[float, float]:
     numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    if not numbers or len(value) != 2 or not 0 <= value[0] <= value[1] < float("inf"):
-        raise ValueError("wanted [low, high] in microseconds, low <= high")
+    if not numbers or len(value) != 2 or not least <= value[0] <= value[1] < float("inf"):
+        raise ValueError(f"wanted [low, high] {wanted}, low <= high")
     return (float(value[0]), float(value[1]))
 
 
+def _interval(value: Any) -> tuple[float, float]:
+    return _pair(value, 0.0, "in microseconds")
+
+
+def _gain(value: Any) -> tuple[float, float]:
+    pair = _pair(value, -sys.float_info.max, "as shares of the default's time")
+    if pair[1] >= 1:
+        raise ValueError("wanted [low, high] as shares of the default's time, below 1")
+    return pair
+
+
+def _optional(check: Callable[[Any], Any]) -> BeforeValidator:
+    """``check``, where there is a value."""
+    return BeforeValidator(lambda value: None if value is None else check(value))
+
+
+def _date(value: Any) -> str:
+    try:
+        datetime.fromisoformat(value.removesuffix("Z"))
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError("wanted an ISO date such as 2026-11-22T06:50:26+00:00") from None
+    return str(value)
+
+
+def _funnel(value: Any) -> dict[str, int]:
+    good = isinstance(value, dict) and all(
+        isinstance(rung, str) and re.fullmatch(r"[a-z][a-z_]*", rung) and type(count) is int and count >= 0 for rung, count in value.items()
+    )
+    if not good:
+        raise ValueError("wanted how many configurations ended at each rung, such as {shared: 3, ok: 12}")
+    return dict(value)
+
+
+Interval = Annotated[tuple[float, float] | None, _optional(_interval)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Knob = Annotated[int | str | bool, BeforeValidator(_knob)]
@@ -45,7 +83,7 @@ class _Strict(BaseModel):
 
 
 class Entry(_Strict):
-    """One kernel at one shape."""
+    """One kernel at one shape. What has a default of None is left out by older tuners, and where it is not known."""
 
     kernel: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", description="name in tl_kernels.KERNELS")]
     n: Annotated[int, Field(ge=1, le=MAX_N, description="streams")]
@@ -63,6 +101,25 @@ class Entry(_Strict):
     verdict: Annotated[Literal["win", "tie", "default"], Field(description="a tie ships the default")]
     error: Annotated[dict[str, NotNegative], Field(description="relative error of each output against the fp64 reference")]
     source_hash: Annotated[Text, Field(description="Kernel.source_hash when this was tuned")]
+    default_ci_us: Annotated[Interval, Field(description="confidence interval of default_us")] = None
+    runner_up_ci_us: Annotated[Interval, Field(description="confidence interval of runner_up_us")] = None
+    gain_ci: Annotated[
+        tuple[float, float] | None,
+        _optional(_gain),
+        Field(description="confidence interval of 1 - best / default, round by round; where a tie ships the default too"),
+    ] = None
+    trials: Annotated[int, Field(ge=0, description="configurations tried")] | None = None
+    funnel: Annotated[dict[str, int] | None, _optional(_funnel), Field(description="how many configurations ended at each rung")] = None
+    sampler: Text | None = None
+    registers: Annotated[int, Field(ge=0, description="a thread")] | None = None
+    stack: Annotated[int, Field(ge=0, description="bytes a thread: spilled registers and local arrays")] | None = None
+    shared_bytes: Annotated[int, Field(ge=0, description="a block")] | None = None
+    clock_mhz: Annotated[Positive, Field(description="of the multiprocessors, median while it was timed")] | None = None
+    dirty: Annotated[Text, Field(description="what disturbed the timing all the same")] | None = None
+    date: Annotated[str | None, _optional(_date), Field(description="when this entry was tuned, ISO 8601")] = None
+    tilelang: Text | None = None
+    driver: Text | None = None
+    commit: Text | None = None
 
     @property
     def key(self) -> tuple[str, int, int, str, int]:

@@ -556,7 +556,7 @@ def bench(request: BenchRequest) -> int:
     try:
         plan = make_plan(request)
     except profile.ProfileError as error:
-        raise TuneError(str(error)) from None
+        raise TuneError(f"--profile: {error}") from None
     interrupted = False
     with BenchDisplay() as display:
         run = Bench(plan, request, display)

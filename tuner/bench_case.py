@@ -42,7 +42,7 @@ class Shape:
     @staticmethod
     def parse(text: str) -> Shape:
         """``8192x4x2560`` or ``8192x4x2560:ours+eager``. Raises :class:`TuneError`."""
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?::(\S+))?", text.strip())
+        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})(?::(\S+))?", text.strip())
         if match is None:
             raise TuneError(f"--shapes: got {text!r}, wanted TxnxC such as 8192x4x2560, or 8192x4x2560:ours+liger")
         T, n, C = (int(match[k]) for k in (1, 2, 3))

@@ -37,7 +37,7 @@ def parse_envs(texts: list[str]) -> dict[str, Path]:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
             raise TuneError(f"--rival-env: got {text!r}, wanted NAME=PATH")
-        if not Path(path).exists():
+        if not os.path.exists(path):
             raise TuneError(f"--rival-env {text}: {path} does not exist")
         found[name.replace("-", "_")] = Path(path)
     return found

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mhc.files import read_text
 from tuner.bench_case import PASSES
-from tuner.errors import TuneError
+from tuner.errors import TuneError, one_line
 
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
 #: Lines of a launch table.
@@ -203,9 +204,11 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def read_result(path: Path) -> dict[str, Any]:
     """A bench.json. Raises :class:`TuneError` for a file that is none."""
     try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise TuneError(f"--readme {path}: cannot be read: {error}") from None
+        result = json.loads(read_text(path, 64 << 20))
+    except OSError as error:
+        raise TuneError(f"--readme {path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise TuneError(f"--readme {path}: is no JSON: {one_line(error)}") from None
     if not isinstance(result, dict) or not result.get("shapes"):
         raise TuneError(f"--readme {path}: holds no shapes, wanted a bench.json of mhc-tune bench")
     return result

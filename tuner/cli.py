@@ -10,7 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tuner.errors import INTERRUPTED, TuneError
+from tuner.errors import INTERRUPTED, TuneError, one_line, printable
+from tuner.storage import STORAGE_VARIABLE, redact_text
 
 #: What typer raises for a bad option; it has no public name in every supported release.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -20,6 +21,11 @@ HELP = """Tune the mHC kernels for the GPU (or CPU) in this machine and write a 
 Every configuration must first give the right numbers (against a float64 reference, on ragged token counts); then it is timed, alone on
 the device. The best few are confirmed beside the default: a win must be clear of the noise, else the default ships. Ctrl-C keeps what is
 done, and the same command again goes on where it stopped.
+
+Several GPUs of one kind are all used. With --storage postgresql://..., `mhc-tune worker` on other machines joins in.
+
+Exit codes: 0 something was tuned, 1 nothing was, 2 the command line or a file must be mended, 3 the storage or the last GPU was lost in
+mid-run (what was finished is kept), 130 interrupted.
 """
 
 EPILOG = """Examples:
@@ -34,7 +40,11 @@ EPILOG = """Examples:
 
   mhc-tune --gpu cpu --kernels pre --trials 2  (seconds, on a laptop)
 
+  mhc-tune --storage postgresql://user@host/tuning  (a study that others join, with mhc-tune worker)
+
   mhc-tune bench --help  (measure what was tuned, against its rivals)
+
+  mhc-tune explain post_res 8192x4x2560 --gpu h100  (why this configuration, and how sure)
 """
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -56,8 +66,21 @@ def tune(
     trials: Annotated[int | None, typer.Option(min=1, help="Configurations tried per kernel and shape. Default: from --effort.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds for the whole run, shared out. Default: from --effort.")] = None,
     effort: Annotated[EffortName, typer.Option(help="How hard to look; see tuner/effort.py.")] = EffortName.quick,
-    seed: Annotated[int, typer.Option(help="Seed of the search and of the inputs.")] = 0,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL. Default: SQLite in .mhc-tune/<gpu>.db.", metavar="URL")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search and of the inputs.")] = 0,
+    sampler: Annotated[
+        str | None, typer.Option(help="Search: tpe, gp, random, or brute-force for every configuration. Default: tpe.", metavar="NAME")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Optuna storage URL, sqlite:/// or postgresql://. Default: SQLite in .mhc-tune/<gpu>.db.",
+            metavar="URL",
+            envvar=STORAGE_VARIABLE,
+        ),
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs to measure on, by number: 0,1. Default: all of the kind tuned for.", metavar="N,N")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Profile to write. Default: configs/<gpu>.yaml.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compile processes. Default: every core.")] = None,
     raw: Annotated[Path | None, typer.Option(help="Also write every trial as JSON.", metavar="PATH")] = None,
@@ -84,9 +107,18 @@ def tune(
         output=output,
         jobs=jobs,
         raw=raw,
-        command=shlex.join(["mhc-tune", *sys.argv[1:]]),
+        command=_command(),
+        sampler=sampler,
+        devices=devices,
     )
     raise typer.Exit(run(request))
+
+
+def _command() -> str:
+    """What was typed, for the record: as text (a file's name need not be), and without a password."""
+    # bytes that are no text can stand in an argument, but not in a profile
+    text = shlex.join(["mhc-tune", *map(redact_text, sys.argv[1:])])
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").encode("utf-8", "backslashreplace").decode()
 
 
 def _typed(context: typer.Context, name: str) -> bool:
@@ -142,7 +174,7 @@ def bench(
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, a sample of everything each. Default: 30, on the CPU 7.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="Time for the rounds of one table. Default: 15, on the CPU 5.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the inputs and parameters.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the inputs and parameters.")] = 0,
     profile: Annotated[str | None, typer.Option(help="Tuned profile, a path or a packaged name. Default: this device's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: results/<gpu>.")] = None,
     kernels: Annotated[bool, typer.Option(help="Whether to measure the single kernels too.")] = True,
@@ -156,7 +188,11 @@ def bench(
     if readme is not None:
         from tuner.bench_report import read_result, readme_table
 
-        print(readme_table(read_result(readme)), end="")
+        try:
+            table = readme_table(read_result(readme))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            raise TuneError(f"--readme {readme}: is no bench.json of mhc-tune bench: {one_line(e)}") from None
+        print(table, end="")
         return
     from tuner.bench import BenchRequest
     from tuner.bench import bench as run_bench
@@ -181,6 +217,142 @@ def bench(
     raise typer.Exit(run_bench(request))
 
 
+REPLAY_HELP = """Replay the search from a ledger, without a device: how many trials does each sampler need to come near the best?
+
+A ledger is an exhaustive measurement, as `mhc-tune --sampler brute-force --raw FILE` writes it. Every sampler searches each of its studies
+once per seed, with the tuner's own code, until a configuration within 2% of the ledger's best was measured; without the kernel's
+hand-written starting points (cold) and, where it has some, with them (seeded). Writes replay.json and replay.png.
+"""
+
+REPLAY_EPILOG = """Examples:
+
+  mhc-tune --kernels streams_grad --workloads mhc-27b --tokens 8192 --sampler brute-force --raw ledger.json  (measure one)
+
+  mhc-tune replay ledger.json --out results/h100
+
+  mhc-tune replay ledger.json --samplers tpe,random --seeds 10 --cold-only  (a quick look)
+"""
+
+
+@app.command("replay", help=REPLAY_HELP, epilog=REPLAY_EPILOG)
+def replay(
+    ledger: Annotated[Path, typer.Argument(help="The exhaustive measurement, JSON.", metavar="LEDGER", show_default=False)],
+    samplers: Annotated[str | None, typer.Option(help="Samplers, separated by commas. Default: all.", metavar="A,B")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches per sampler, each with a seed of its own.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Configurations under way at a time.")] = 4,
+    within: Annotated[float, typer.Option(min=0, max=1, help="How near the best is near: 0.02 is 2%.")] = 0.02,
+    trials: Annotated[int | None, typer.Option(min=1, help="Budget of each search. Default: all of the space but one.")] = None,
+    cold_only: Annotated[bool, typer.Option("--cold-only", help="Only without the kernels' hand-written starting points.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: every core.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for replay.json and replay.png.")] = Path("."),
+) -> None:
+    from tuner.replay import ReplayRequest, run_replay
+    from tuner.run import cores
+    from tuner.samplers import pick_samplers
+
+    request = ReplayRequest(
+        ledger=ledger,
+        samplers=pick_samplers(samplers),
+        seeds=seeds,
+        batch=batch,
+        within=within,
+        trials=trials,
+        cold_only=cold_only,
+        jobs=jobs or cores(),
+        out=out,
+        command=shlex.join(["mhc-tune", *sys.argv[1:]]),
+    )
+    raise typer.Exit(run_replay(request))
+
+
+EXPLAIN_HELP = """Explain why a kernel runs with its configuration at a shape, how sure that is, how stale, and what other shapes get.
+
+The choice is the one that `import mhc` makes, from the same profile; no GPU is needed. Exit code 1 where the entry that should serve was
+tuned for another version of the kernel.
+"""
+
+EXPLAIN_EPILOG = """Examples:
+
+  mhc-tune explain post_res 8192x4x2560  (with the profile of this machine)
+
+  mhc-tune explain streams_grad 4096x4x7168 --gpu h100
+
+  mhc-tune explain pre 1x8x4096 --profile out/h100.yaml --unseen 64x8x4096,8192x8x5120
+"""
+
+
+@app.command("explain", help=EXPLAIN_HELP, epilog=EXPLAIN_EPILOG)
+def explain(
+    kernel: Annotated[str, typer.Argument(help="Kernel, as in --kernels.", metavar="KERNEL", show_default=False)],
+    shape: Annotated[str, typer.Argument(help="Tokens, streams and channels.", metavar="TxnxC", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="Dtype of the streams: bfloat16, float16 or float32.")] = "bfloat16",
+    profile: Annotated[str | None, typer.Option(help="Profile, a path or a packaged name. Default: as `import mhc` here.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The packaged profile of this GPU (h100, cpu, ...).")] = None,
+    unseen: Annotated[str | None, typer.Option(help="Other shapes to show. Default: a few around.", metavar="TxnxC,..")] = None,
+) -> None:
+    from tuner.explain import ExplainRequest
+    from tuner.explain import explain as run_explain
+
+    raise typer.Exit(run_explain(ExplainRequest(kernel, shape, dtype, profile, gpu, unseen)))
+
+
+DASHBOARD_HELP = """Look at the studies of a tuning run, also while it runs: optuna-dashboard on its storage, at http://127.0.0.1:8080/dashboard.
+
+Served to this machine only (from elsewhere: ssh -L 8080:127.0.0.1:8080), and for looking only: nothing there can change a study.
+"""
+
+
+@app.command("dashboard", help=DASHBOARD_HELP)
+def dashboard(
+    storage: Annotated[
+        str | None, typer.Option(help="Storage URL. Default: SQLite in .mhc-tune/<gpu>.db.", metavar="URL", envvar=STORAGE_VARIABLE)
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
+) -> None:
+    from tuner.dashboard import run_dashboard
+    from tuner.run import STATE
+
+    raise typer.Exit(run_dashboard(storage, port, STATE))
+
+
+WORKER_HELP = """Join the studies of a running (or interrupted) `mhc-tune --storage URL` with this machine's devices, until none is open.
+
+Only studies of the same device and of the same kernel sources are joined. A worker may be killed at any time: what it was trying is tried
+again. It writes no profile, unless --output names one; the mhc-tune that began writes the profile of all that was found.
+
+Exit codes: 0 no study is open any more, 2 the command line must be mended, 3 the storage or the last GPU was lost, 130 interrupted.
+"""
+
+
+@app.command("worker", help=WORKER_HELP)
+def worker(
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL that mhc-tune was given.", metavar="URL", envvar=STORAGE_VARIABLE)
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Device to measure on: auto, cpu, or a GPU's profile name.")] = "auto",
+    kernels: Annotated[str | None, typer.Option(help="Kernels, separated by commas. Default: all.", metavar="A,B")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs to measure on, by number: 0,1. Default: all of one kind.", metavar="N,N")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compile processes. Default: every core.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Profile to write too. Default: none.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for new studies instead of ending.")] = False,
+) -> None:
+    from tuner.worker import WorkerRequest, required, work
+
+    request = WorkerRequest(
+        storage=required(storage),
+        gpu=gpu,
+        kernels=kernels,
+        devices=devices,
+        jobs=jobs,
+        output=output,
+        wait=wait,
+        command=_command(),
+    )
+    raise typer.Exit(work(request))
+
+
 def main() -> None:
     """Entry point: one line on stderr and exit code 2 for what the user can mend."""
     try:
@@ -195,7 +367,7 @@ def main() -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"mhc-tune: {' '.join(message.split())}", file=sys.stderr)
+    print(f"mhc-tune: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -15,6 +15,22 @@ from mhc.schema import Entry
 
 REFRESH_S = 0.5
 
+#: How a configuration may end, in the order of the ladder, in words that follow a number.
+RUNGS = {
+    "constraint": "ruled out by the kernel's constraints",
+    "shared": "with too much shared memory",
+    "launch": "that no multiprocessor can launch",
+    "spills": "that spill too much",
+    "roofline": "with too many bytes to beat the best",
+    "compile_error": "not compiled",
+    "timeout": "out of time",
+    "crash": "crashed",
+    "wrong": "with wrong numbers",
+    "run_error": "failed to run",
+    "slow": "cut short as slow",
+    "ok": "timed in full",
+}
+
 
 def duration(seconds: float) -> str:
     """``75`` -> ``1:15``."""
@@ -24,6 +40,42 @@ def duration(seconds: float) -> str:
 
 def microseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def percent(share: float) -> str:
+    """``0.0963`` -> ``9.6%``, ``-0.0004`` -> ``-0.04%``, ``0.00001`` -> ``0%``."""
+    return f"{share:.1%}" if abs(share) >= 0.001 else f"{share:.2%}" if abs(share) >= 5e-5 else "0%"
+
+
+def gain_text(entry: Entry) -> str:
+    """How much less time than the default: ``9.6% (9.1% to 10.2%)``; where a tie or the default ships, the interval of the best other."""
+    if entry.impl == "reference":
+        return percent(1 - entry.time_us / entry.default_us)
+    interval = "" if entry.gain_ci is None else f"{percent(entry.gain_ci[0])} to {percent(entry.gain_ci[1])}"
+    if entry.verdict != "win":
+        return interval or "-"
+    return percent(1 - entry.time_us / entry.default_us) + (f" ({interval})" if interval else "")
+
+
+def funnel_line(counts: Mapping[str, int]) -> str:
+    """``432 configurations: 120 ruled out by the kernel's constraints, 3 with too much shared memory, 12 timed in full, 297 not tried``.
+
+    ``counts``: rung -> configurations that ended there, and ``"space"``, all there are. Rungs of nobody are left out.
+    """
+    order = [*RUNGS, *(rung for rung in counts if rung not in RUNGS and rung != "space")]
+    parts = [f"{counts[rung]} {RUNGS.get(rung, rung)}" for rung in order if counts.get(rung)]
+    seen = sum(count for rung, count in counts.items() if rung != "space")
+    whole = counts.get("space", seen)
+    if whole > seen:
+        parts.append(f"{whole - seen} not tried")
+    return f"{whole} configurations: {', '.join(parts) or 'none tried'}"
+
+
+def time_line(phases: Mapping[str, float]) -> str:
+    """``measuring 3:12 (61%), compiling 2:02 (39%)``: seconds of each phase, the longest first; phases of no time are left out."""
+    whole = sum(phases.values())
+    spent = sorted(((seconds, phase) for phase, seconds in phases.items() if seconds > 0), key=lambda item: -item[0])
+    return ", ".join(f"{phase} {duration(seconds)} ({seconds / whole:.0%})" for seconds, phase in spent) or "nothing took any time"
 
 
 class Display:
@@ -48,6 +100,14 @@ class Display:
     def note(self, message: str) -> None:
         self.console.print(escape(message), soft_wrap=True)
 
+    def funnel(self, counts: Mapping[str, int]) -> None:
+        """What became of all configurations, see :func:`funnel_line`."""
+        self.note(funnel_line(counts))
+
+    def time_spent(self, phases: Mapping[str, float]) -> None:
+        """Where the time of the run went, see :func:`time_line`."""
+        self.note(f"where the time went: {time_line(phases)}")
+
     def progress(
         self, label: str, trials: int, wanted: int, best_us: float | None, done: int, tasks: int, left_s: float | None, busy: str
     ) -> None:
@@ -66,19 +126,21 @@ class Display:
         """One line a study."""
         left = "" if left_s is None else f", ~{duration(left_s)} left"
         served = ", PyTorch serves" if entry.impl == "reference" else ""
+        gain = f" by {gain_text(entry)}" if entry.verdict == "win" and entry.gain_ci is not None and not served else ""
         self.note(
             f"[{done}/{tasks}] {label}: {microseconds(entry.default_us)} -> {microseconds(entry.time_us)} us, {entry.gbps:.1f} GB/s"
-            f" ({entry.copy_share:.0%} of copy), {entry.verdict}{served}; {trials} trials ({new} new){left}"
+            f" ({entry.copy_share:.0%} of copy), {entry.verdict}{gain}{served}; {trials} trials ({new} new){left}"
         )
 
 
 def result_table(entries: Sequence[Entry], title: str) -> Table:
-    """Kernel, shape, default and tuned time, rate, share of copy bandwidth, verdict."""
+    """Kernel, shape, default and tuned time, rate, share of copy bandwidth, verdict, gain over the default."""
     table = Table(title=title, title_justify="left", pad_edge=False)
     table.add_column("kernel", no_wrap=True)
     for name in ("n", "C", "dtype", "T", "default us", "tuned us", "GB/s", "of copy"):
         table.add_column(name, justify="left" if name == "dtype" else "right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
+    table.add_column("less time than default", no_wrap=True)
     rows: dict[tuple[object, ...], list[Entry]] = {}
     for e in entries:
         # one study may stand for every C: its entries differ in nothing else
@@ -98,6 +160,7 @@ def result_table(entries: Sequence[Entry], title: str) -> Table:
             f"{e.gbps:.1f}",
             f"{e.copy_share:.0%}",
             verdict,
+            gain_text(e),
             style=style,
         )
     return table

@@ -21,6 +21,11 @@ def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
     return TuneError(f"unknown {what} {got!r}{hint} (there are {', '.join(names)})")
 
 
+def printable(text: str) -> str:
+    """``text`` on one line; what a terminal would obey or could not show is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
 def one_line(error: BaseException) -> str:
     """The last line that says something: TileLang's errors end in their cause after a long C++ trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,11 +1,13 @@
 """The correctness gate: no configuration's time counts before its numbers do.
 
-Outputs start as NaN with a guarded pad behind them, token counts are ragged, and every output is compared with the kernel's reference
-in float64 on the same inputs. A second run must be bitwise equal to the first.
+Outputs start as NaN between two guards, token counts are ragged, and every output is compared with the kernel's reference in float64 on
+the same inputs. A second run must be bitwise equal to the first, and after both the guards and the inputs must be as they were. The
+program gets copies of the inputs: one that writes into them cannot spoil those that the next is judged and timed on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +25,12 @@ RAGGED = (1, 37)
 TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4, "float32": 1e-5}
 TOLERANCE_COEFFICIENTS = 2e-5
 
-#: Elements behind every output that must still be NaN afterwards.
-PAD = 64
+#: Every byte of outputs and guards before a run: a NaN in each format, and not the one that arithmetic makes.
+POISON = 0xFF
+#: Bytes of a guard: a row of its output, because a wrong row is the likeliest fault, within these limits, in whole steps of what torch's
+#: allocator aligns to, so that programs find the outputs as aligned as they are in use.
+GUARD = (1 << 10, 1 << 20)
+ALIGN = 512
 
 #: Bytes of float64 working set one chunk of the reference may take.
 CHUNK_BYTES = 2 << 30
@@ -93,18 +99,28 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor, rows: int = 1 << 1
     return float((difference / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
 
 
-def _guarded(template: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A NaN-filled tensor like ``template`` and the pad behind it."""
-    flat = torch.full((template.numel() + PAD,), float("nan"), dtype=template.dtype, device=template.device)
-    return flat[: template.numel()].view(template.shape), flat[template.numel() :]
+def _guarded(template: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A poisoned tensor like ``template``, the guard before it and the guard behind it (bytes)."""
+    itemsize = template.element_size()
+    row = math.prod(template.shape[1:]) * itemsize
+    guard, size = -(-min(max(row, GUARD[0]), GUARD[1]) // ALIGN) * ALIGN, template.numel() * itemsize
+    memory = torch.full((guard + size + guard,), POISON, dtype=torch.uint8, device=template.device)
+    out = memory[guard : guard + size].view(template.dtype).view(template.shape)
+    return out, memory[:guard], memory[guard + size :]
 
 
 def _run(launcher: Runnable, case: Case) -> tuple[torch.Tensor, ...]:
+    """Results of one run on copies of the inputs. Raises :class:`GateError` where anything but the outputs was written."""
+    kernel, inputs = launcher.kernel, [t.clone() for t in case.inputs]
     guarded = [_guarded(t) for t in launcher.empty_outputs(case.T, case.inputs[0].device)]
-    results = launcher(*case.inputs, out=[out for out, _ in guarded])
-    for tensor, (_, pad) in zip(launcher.kernel.outputs, guarded, strict=True):
-        if not bool(pad.isnan().all()):
-            raise GateError(f"{tensor.name}: written past its end at T={case.T}")
+    results = launcher(*inputs, out=[out for out, _, _ in guarded])
+    for tensor, (_, *guards) in zip(kernel.outputs, guarded, strict=True):
+        for guard, where in zip(guards, ("before its start", "past its end"), strict=True):
+            if not bool((guard == POISON).all()):
+                raise GateError(f"{tensor.name}: written {where} at T={case.T}")
+    for tensor, was, now in zip(kernel.inputs, case.inputs, inputs, strict=True):
+        if not torch.equal(was, now):
+            raise GateError(f"{tensor.name}: an input, changed at T={case.T}")
     return results
 
 

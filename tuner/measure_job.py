@@ -1,19 +1,26 @@
-"""What the measuring process does: one process, one job at a time, so that nothing else runs on the device while it times.
+"""What the measuring process does, one job at a time: gate, timing, confirmation.
 
-It keeps the inputs and float64 answers of the last few shapes, because a study measures one shape many times.
+Timing holds the device's lock alone, so that nothing of another tuner runs on the device meanwhile; what else is done there holds it shared
+(tuner/device_lock.py). The process keeps the inputs and float64 answers of the last few shapes, because a study measures one shape many
+times.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from tl_kernels import KERNELS
 from tl_kernels.launch import Launcher
 from tl_kernels.spec import Config, Problem
+from tuner.confirm import rounds_needed
+from tuner.device_lock import hold, lock_name
+from tuner.device_state import Watch
 from tuner.effort import Effort
 from tuner.errors import one_line
 from tuner.gate import RAGGED, Case, GateError, check, reference_fp64
@@ -24,12 +31,37 @@ from tuner.worker_main import FatalError
 #: Share of the device's memory that kept cases may take, and bytes on the CPU.
 KEEP_SHARE = 0.25
 KEEP_CPU_BYTES = 1 << 30
+#: How every error begins that no other candidate on this machine would be spared.
+GPU_GONE = "the GPU is gone"
 _cases: OrderedDict[tuple[Any, ...], Case] = OrderedDict()
+
+
+R = TypeVar("R")
+
+
+def _device(target: str) -> str:
+    """``"cpu"`` or ``"cuda"``. Raises :class:`FatalError` where CUDA finds no device: a process started after the GPU was lost."""
+    if target == "cpu":
+        return "cpu"
+    try:
+        torch.cuda.init()
+    except Exception as e:
+        raise FatalError(f"{GPU_GONE}: {one_line(e)}") from None
+    return "cuda"
 
 
 @functools.cache
 def _clock(device: str) -> Clock:
-    return Clock(device)
+    return Clock(device, Watch.of(device))
+
+
+def _time(device: str, body: Callable[[Clock], R]) -> tuple[R, dict[str, Any]]:
+    """Run ``body`` alone on the device. Returns its result and what the clocks were, ``timing_s`` included (waiting is not)."""
+    with hold(lock_name(device)):
+        start, clock = time.perf_counter(), _clock(device)
+        clock.watch.start()
+        result = body(clock)
+        return result, {**clock.watch.report(), "timing_s": time.perf_counter() - start}
 
 
 @functools.cache
@@ -50,12 +82,18 @@ def _case(name: str, p: Problem, T: int, device: str, seed: int, answer: bool) -
     return _cases[key]
 
 
+def _synchronize(device: str) -> None:
+    """Before the lock is given up: what was enqueued must not run on into somebody's timing."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 def _make_room() -> None:
     _cases.clear()
     torch.cuda.empty_cache()
 
 
-def _guard(device: str, body: Any) -> Any:
+def _guard(device: str, body: Callable[[], R]) -> R:
     """Run ``body``; once more with the caches dropped when memory runs out; end the process when the device is beyond use."""
     try:
         try:
@@ -77,31 +115,39 @@ def _guard(device: str, body: Any) -> Any:
 def measure_job(
     name: str, p: Problem, T: int, cfg: Config, target: str, effort: Effort, seed: int, best_us: float | None
 ) -> dict[str, Any]:
-    """Gate, then time one configuration. Returns ``{"outcome": "ok" | "slow" | "wrong", ...}`` with the error per output (the largest over
-    the token counts), time_us, time_ci_us and samples; raises what the launch raises.
+    """Gate, then time one configuration. Returns ``{"outcome": "ok" | "slow", ...}`` with the error per output (the largest over the token
+    counts), time_us, time_ci_us, samples (how many), clock_mhz, dropped and dirty (tuner/device_state.py), gate_s and timing_s in seconds;
+    or ``{"outcome": "wrong", "reason": ..., "gate_s": ...}``. Raises what the launch raises.
     """
-    device = "cpu" if target == "cpu" else "cuda"
+    device = _device(target)
 
     def body() -> dict[str, Any]:
         launcher = Launcher(KERNELS[name], p, cfg, target)
         errors: dict[str, float] = {}
         # the tuned size too on a GPU: some faults show at full size only; on the CPU its float64 answer would cost more than the trial
         full = [] if target == "cpu" else [T]
-        try:
-            for tokens in (*RAGGED, *full):
-                for output, error in check(launcher, _case(name, p, tokens, device, seed, True)).items():
-                    errors[output] = max(error, errors.get(output, 0.0))
-        except GateError as e:
-            return {"outcome": "wrong", "reason": str(e)}
-        case = _case(name, p, T, device, seed, bool(full))
-        out = launcher.empty_outputs(T, case.inputs[0].device)
-        samples, slow = _clock(device).measure(lambda: launcher(*case.inputs, out=out), effort.samples, effort.sample_ms, best_us)
+        with hold(lock_name(device), shared=True):
+            start = time.perf_counter()
+            try:
+                for tokens in (*RAGGED, *full):
+                    for output, error in check(launcher, _case(name, p, tokens, device, seed, True)).items():
+                        errors[output] = max(error, errors.get(output, 0.0))
+            except GateError as e:
+                return {"outcome": "wrong", "reason": str(e), "gate_s": time.perf_counter() - start}
+            case = _case(name, p, T, device, seed, bool(full))
+            out = launcher.empty_outputs(T, case.inputs[0].device)
+            _synchronize(device)
+            gate_s = time.perf_counter() - start
+        call = functools.partial(launcher, *case.inputs, out=out)
+        (samples, slow), about = _time(device, lambda clock: clock.measure(call, effort.samples, effort.sample_ms, best_us))
         return {
             "outcome": "slow" if slow else "ok",
             "error": errors,
             "time_us": median(samples),
             "time_ci_us": median_interval(samples),
             "samples": len(samples),
+            "gate_s": gate_s,
+            **about,
         }
 
     return _guard(device, body)
@@ -109,24 +155,33 @@ def measure_job(
 
 def confirm_job(
     name: str, p: Problem, T: int, cfgs: list[Config], target: str, effort: Effort, seed: int, with_reference: bool
-) -> list[list[float]]:
-    """Samples in microseconds of every configuration (and, last, of the PyTorch reference in the stream dtype), interleaved."""
-    device = "cpu" if target == "cpu" else "cuda"
+) -> dict[str, Any]:
+    """Time configurations (and, last, the PyTorch reference in the stream dtype) side by side. Returns ``{"samples": one list of
+    microseconds each, "clock_mhz", "dropped", "dirty"}``, of all of them together.
+    """
+    device = _device(target)
     kernel = KERNELS[name]
 
-    def body() -> list[list[float]]:
-        case = _case(name, p, T, device, seed, device != "cpu")
-        calls = []
+    def body() -> dict[str, Any]:
+        with hold(lock_name(device), shared=True):
+            case = _case(name, p, T, device, seed, device != "cpu")
+            _synchronize(device)
+        calls: list[Callable[[], Any]] = []
         for cfg in cfgs:
             launcher = Launcher(kernel, p, cfg, target)
             out = launcher.empty_outputs(T, case.inputs[0].device)
             calls.append(functools.partial(launcher, *case.inputs, out=out))
         if with_reference:
             calls.append(functools.partial(run_reference, name, p, case.inputs))
-        clock = _clock(device)
-        first = clock.interleaved(calls, 1 if device == "cpu" else 3)[-1]
-        rounds = max(3, min(effort.rounds, int(effort.confirm_ms * 1e3 / max(1e-3, sum(first)))))
-        return [list(column) for column in zip(*clock.interleaved(calls, rounds), strict=True)]
+
+        def rounds(clock: Clock) -> list[list[float]]:
+            first = clock.warm_up(calls, 1 if device == "cpu" else 3)[-1]
+            affordable = int(effort.confirm_ms * 1e3 / max(1e-3, sum(first)))
+            return clock.interleaved(calls, max(rounds_needed(len(cfgs) - 1 or 1), min(effort.rounds, affordable)))
+
+        taken, about = _time(device, rounds)
+        about.pop("timing_s")
+        return {"samples": [list(column) for column in zip(*taken, strict=True)], **about}
 
     return _guard(device, body)
 
@@ -140,4 +195,5 @@ def run_reference(name: str, p: Problem, inputs: tuple[torch.Tensor, ...]) -> tu
 
 def copy_job(target: str) -> float:
     """Copy bandwidth in GB/s."""
-    return _clock("cpu" if target == "cpu" else "cuda").copy_gbps()
+    device = _device(target)
+    return _guard(device, lambda: _time(device, lambda clock: clock.copy_gbps())[0])

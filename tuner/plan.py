@@ -8,7 +8,7 @@ from tl_kernels import KERNELS, NAMES
 from tl_kernels.spec import Problem
 from tuner.errors import TuneError, unknown
 from tuner.hardware import Hardware
-from tuner.search import Task
+from tuner.task import Task
 from tuner.workloads import Workload
 
 
@@ -71,6 +71,6 @@ def make_tasks(kernels: Sequence[str], workloads: Sequence[Workload], hardware: 
                 p = spec.problem(workload.n, C, workload.dtype)
                 if spec.unserved_on(p, hardware.arch):
                     continue
-                task = Task(name, p, T, hardware.arch, hardware.profile, (C,) if spec.has_channels else tuple(every))
+                task = Task(name, p, T, hardware.arch, hardware.profile, (C,) if spec.has_channels else tuple(every), hardware.name)
                 tasks.setdefault((name, p, T), task)
     return list(tasks.values())

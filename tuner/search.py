@@ -1,147 +1,107 @@
-"""One study: what to try next for one kernel at one shape, and what was learned, kept in the storage trial by trial.
+"""One study: what to try next for one kernel at one shape, and what was learned.
 
-The storage holds measured trials only. The sampler works on a copy in memory, which also learns from infeasible suggestions without
-a database write for each; a killed run therefore leaves no half-finished trial behind.
+The stored study is the truth, shared with every other worker: a configuration that is being tried is a RUNNING trial there, a finished one
+holds its result. The sampler works on a copy in memory, which also learns from infeasible suggestions without a database write for each.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import warnings
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tl_kernels import KERNELS
-from tl_kernels.spec import Config, Kernel, Problem
+from tl_kernels.spec import Config
+from tuner.claims import CONFIG, CONFIRM, Claims, Row
+from tuner.errors import TuneError
+from tuner.samplers import make_sampler
+from tuner.space import MAX_LISTED, Space
+from tuner.store import Store
+from tuner.task import FAILED, INFEASIBLE, STATIC_RUNGS, TIMED, Result, Task, config_key
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+__all__ = ["FAILED", "INFEASIBLE", "TIMED", "Result", "Search", "Task", "config_key"]
+
+#: What can become of a configuration, in the order of the ladder.
+FUNNEL = ("space", "constraint", *STATIC_RUNGS, "roofline", "compile_error", "timeout", "crash", "wrong", "run_error", "slow", "ok")
 
 #: Suggestions in a row that may be infeasible or known before a random unseen configuration is taken instead.
 MAX_MISSES = 20
-#: Spaces up to this size are listed in full, so that a small one can be tried exhaustively.
-MAX_LISTED = 50_000
-
-#: Outcomes that give a time, those that count as a trial without one, and the one that does not count.
-TIMED = ("ok", "slow")
-FAILED = ("wrong", "compile_error", "crash", "timeout", "run_error")
-INFEASIBLE = "infeasible"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shape of one kernel to tune. ``covers``: the C of every workload it stands for (several where the program has no C in it)."""
-
-    kernel: str
-    p: Problem
-    T: int
-    arch: str
-    profile: str
-    covers: tuple[int, ...]
-
-    @property
-    def spec(self) -> Kernel:
-        return KERNELS[self.kernel]
-
-    @property
-    def key(self) -> str:
-        """Stable name of the study; a changed kernel source starts a new one."""
-        p = self.p
-        C = p.C if self.spec.has_channels else "any"
-        return "|".join(map(str, (self.kernel, p.n, C, p.dtype, self.T, self.profile, self.spec.source_hash)))
-
-    @property
-    def label(self) -> str:
-        C = self.p.C if self.spec.has_channels else "any"
-        return f"{self.kernel} n={self.p.n} C={C} {self.p.dtype} T={self.T}"
+#: Workers that may die at a configuration before it is a failure.
+MAX_DEATHS = 3
+#: Seconds after which what other workers stored is read again: before a suggestion, and while waiting for them.
+FRESH_S, SYNC_S = 0.2, 1.0
+#: Seconds between two looks for dead workers, at most.
+REAP_S = 5.0
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of one configuration. Times in microseconds; ``error`` per output against float64."""
-
-    outcome: str
-    time_us: float | None = None
-    time_ci_us: tuple[float, float] | None = None
-    error: dict[str, float] = field(default_factory=dict)
-    reason: str | None = None
-    samples: int = 0
-    compile_s: float | None = None
-    shared_bytes: int | None = None
-
-    @property
-    def counts(self) -> bool:
-        return self.outcome != INFEASIBLE
-
-
-def config_key(cfg: Config) -> str:
-    """Equal for equal configurations, whatever their order."""
-    return json.dumps(dict(sorted(cfg.items())))
+class ConfirmationFatal(Exception):
+    """Workers that confirm this study die."""
 
 
 class Search:
-    """Suggestions and results of one task. ``trials`` is what the study should have in the end, stored ones included."""
+    """Suggestions and results of one task. ``trials`` is what the study should have in the end, stored ones included; with the sampler
+    ``brute-force`` it is the whole space. ``hints``: what to try after the default. ``known``: a result that is known from elsewhere.
+    """
 
     def __init__(
         self,
         task: Task,
-        storage: optuna.storages.BaseStorage,
+        storage: optuna.storages.BaseStorage | Store,
         trials: int,
         seed: int,
         hints: Callable[[], Iterable[dict[str, Any]]] = lambda: (),
+        sampler: str = "tpe",
+        known: Callable[[str], Result | None] = lambda key: None,
     ) -> None:
-        kernel, p = task.spec, task.p
-        self.task, self.trials = task, trials
-        self.default: dict[str, Any] = kernel.default(p)
-        held = set(kernel.gpu_only) if task.arch == "cpu" else set()
-        self.space = {name: tuple(values) for name, values in kernel.space(p).items() if name not in held}
-        self.held = {name: value for name, value in self.default.items() if name not in self.space}
+        self.task = task
+        self.space = Space(task)
+        self.trials = self._everything() if sampler == "brute-force" else trials
+        self.sampler = sampler
         self.results: dict[str, tuple[dict[str, Any], Result]] = {}
         self.inflight: dict[str, dict[str, Any]] = {}
+        #: What other workers are trying, and whether one of them confirms.
+        self.elsewhere: dict[str, dict[str, Any]] = {}
+        self.confirmed_elsewhere = False
         self.measured_now = 0
         self.exhausted = False
-        self._hints = hints
-        self._distributions = {name: CategoricalDistribution(values) for name, values in self.space.items()}
+        self._hints, self._known = hints, known
+        self._distributions = {name: CategoricalDistribution(values) for name, values in self.space.knobs.items()}
         self._random = random.Random(f"{seed}|{task.key}")
-        self._study = optuna.create_study(study_name=task.key, storage=storage, load_if_exists=True)
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=max(4, min(10, trials // 3)))
-        self._brain = optuna.create_study(sampler=sampler)
+        self._brain = optuna.create_study(sampler=make_sampler(sampler, seed, self.trials, self._listed()))
         self._asked: dict[str, optuna.Trial] = {}
-        self._first: deque[dict[str, Any]] = deque([self.default, *(dict(seed) for seed in kernel.seeds if not held)])
+        self._first: deque[dict[str, Any]] = deque([self.default, *self.space.seeds])
+        self._again: deque[dict[str, Any]] = deque()
+        self._deaths: Counter[str] = Counter()
         self._hinted = False
-        for trial in self._study.get_trials(deepcopy=False):
-            self._restore(trial)
+        self._seen: set[int] = set()
+        self._claims = Claims(storage if isinstance(storage, Store) else Store(storage), task.key)
+        self._held_trials: dict[str, int] = {}
+        self._confirming: tuple[int, int] | None = None
+        #: As last read or stored; there also when the storage is gone.
+        self.last_confirmation: dict[str, Any] | None = None
+        self._synced = self._reaped = time.monotonic()
+        self.sync()
 
-    def _restore(self, trial: FrozenTrial) -> None:
-        if "config" not in trial.user_attrs:
-            return
-        cfg, stored = json.loads(trial.user_attrs["config"]), json.loads(trial.user_attrs["result"])
-        if stored["time_ci_us"] is not None:
-            stored["time_ci_us"] = tuple(stored["time_ci_us"])
-        self.results[config_key(cfg)] = (cfg, Result(**stored))
-        self._brain.add_trial(self._frozen(cfg, self.results[config_key(cfg)][1]))
+    @property
+    def default(self) -> dict[str, Any]:
+        return self.space.default
 
-    def _in_space(self, cfg: Config) -> bool:
-        return set(cfg) == set(self.space) | set(self.held) and all(cfg[k] in values for k, values in self.space.items())
+    def _listed(self) -> list[dict[str, Any]] | None:
+        return self.space.listed
 
-    def _frozen(self, cfg: Config, result: Result) -> FrozenTrial:
-        inside = self._in_space(cfg)
-        timed = result.outcome in TIMED
-        return create_trial(
-            state=TrialState.COMPLETE if timed else TrialState.PRUNED,
-            value=result.time_us if timed else None,
-            params={name: cfg[name] for name in self.space} if inside else {},
-            distributions=self._distributions if inside else {},
-            user_attrs={"config": json.dumps(dict(cfg)), "outcome": result.outcome, "result": json.dumps(vars(result))},
-        )
+    def _everything(self) -> int:
+        listed = self._listed()
+        if listed is None:
+            raise TuneError(f"--sampler brute-force: {self.task.label} has {self.space.size} configurations, wanted at most {MAX_LISTED}")
+        return len(listed) + (self.default not in listed)
+
+    # -- what is known ------------------------------------------------------------------------------------------------------------
 
     @property
     def count(self) -> int:
@@ -151,7 +111,7 @@ class Search:
     @property
     def left(self) -> int:
         """Trials still to be proposed."""
-        return 0 if self.exhausted else max(0, self.trials - self.count - len(self.inflight))
+        return 0 if self.exhausted else max(0, self.trials - self.count - len(self.inflight) - len(self.elsewhere))
 
     @property
     def ranking(self) -> list[tuple[dict[str, Any], Result]]:
@@ -168,61 +128,161 @@ class Search:
         """What a study of the same program at another T should try early: best first, then what is under way."""
         return [cfg for cfg, _ in self.ranking] + list(self.inflight.values())
 
+    def funnel(self) -> dict[str, int]:
+        """How many configurations each rung of the ladder ended, from all combinations down to those that were timed."""
+        listed = self._listed()
+        counts = dict.fromkeys(FUNNEL, 0)
+        counts["space"] = self.space.size
+        counts["constraint"] = 0 if listed is None else self.space.size - len(listed)
+        for _, result in self.results.values():
+            counts[(result.rung or "shared") if result.outcome == INFEASIBLE else result.outcome] += 1
+        return counts
+
+    # -- the storage --------------------------------------------------------------------------------------------------------------
+
+    def sync(self) -> list[Row]:
+        """Learn what other workers did since the last time."""
+        rows = self._claims.read()
+        self._synced = time.monotonic()
+        running: dict[str, dict[str, Any]] = {}
+        confirming = False
+        ours = {*self._held_trials.values(), self._confirming[0] if self._confirming else None}
+        for row in rows:
+            if row.trial_id in ours:
+                continue
+            if row.kind == CONFIRM:
+                confirming |= row.running
+            elif row.running:
+                running[row.key] = row.cfg
+            elif row.number not in self._seen:
+                self._seen.add(row.number)
+                self._learn(row)
+        self.confirmed_elsewhere = confirming
+        for key in self.elsewhere.keys() - running.keys():
+            # ended without a result, else _learn has told it
+            self._tell_brain(key, None)
+        for key, cfg in running.items():
+            if key not in self.elsewhere and key not in self.results and cfg in self.space:
+                # the sampler counts what is under way elsewhere as it does our own
+                self._ask_brain(cfg)
+        self.elsewhere = running
+        return rows
+
+    def _learn(self, row: Row) -> None:
+        if row.result is None:
+            # given up: its worker died, or withdrew it. Whoever comes first tries it again
+            self._deaths[row.key] += row.died
+            self._again.append(row.cfg)
+            self.exhausted = False
+        elif row.key not in self.results:
+            self.results[row.key] = (row.cfg, row.result)
+            if row.key in self._asked:
+                self._tell_brain(row.key, row.result)
+            else:
+                self._brain.add_trial(self._frozen(row.cfg, row.result))
+
+    def refresh(self) -> None:
+        """While waiting for other workers: now and then read what they did, and take back what the dead among them held."""
+        now = time.monotonic()
+        # a clock of its own: a suggestion reads too, and must not put this off
+        if (self.elsewhere or self.confirmed_elsewhere) and now - self._reaped > min(REAP_S, self._claims.store.grace_s / 3):
+            self._reaped = now
+            self._claims.reap()
+            self.sync()
+        elif now - self._synced > SYNC_S:
+            self.sync()
+
+    def _template(self, cfg: Config, state: TrialState, value: float | None = None) -> FrozenTrial:
+        inside = cfg in self.space
+        return create_trial(
+            state=state,
+            value=value,
+            params=self.space.knobs_of(cfg) if inside else {},
+            distributions=self._distributions if inside else {},
+            user_attrs={"kind": CONFIG, "config": json.dumps(dict(cfg)), "worker": self._claims.store.me},
+        )
+
+    def _frozen(self, cfg: Config, result: Result) -> FrozenTrial:
+        timed = result.outcome in TIMED
+        return self._template(cfg, TrialState.COMPLETE if timed else TrialState.PRUNED, result.time_us if timed else None)
+
+    def _claim(self, cfg: dict[str, Any]) -> bool:
+        """Make it ours in the storage. False where another worker was first, or the others have filled the budget."""
+        key = config_key(cfg)
+        trial_id = self._claims.create(self._template(cfg, TrialState.RUNNING))
+        self._held_trials[key] = trial_id
+        earlier = self._claims.before(trial_id, self.sync())
+        taken = any(row.key == key for row in earlier)
+        if not taken and sum(row.counts for row in earlier) < self.trials:
+            return True
+        del self._held_trials[key]
+        self._claims.withdraw(trial_id, "another worker has it" if taken else "the budget is used up")
+        self._tell_brain(key, None)
+        return False
+
+    # -- what to try next ---------------------------------------------------------------------------------------------------------
+
     def _new(self, cfg: Config) -> bool:
         key = config_key(cfg)
-        return key not in self.results and key not in self.inflight
-
-    def _listed(self) -> list[dict[str, Any]] | None:
-        """Every feasible configuration, or None where the space is too large to list."""
-        size = 1
-        for values in self.space.values():
-            size *= len(values)
-        if size > MAX_LISTED:
-            return None
-        kernel, p = self.task.spec, self.task.p
-        whole = ({**self.held, **dict(zip(self.space, values, strict=True))} for values in itertools.product(*self.space.values()))
-        return [cfg for cfg in whole if kernel.invalid(p, cfg) is None]
+        return key not in self.results and key not in self.inflight and key not in self.elsewhere
 
     def propose(self) -> dict[str, Any] | None:
-        """The next configuration to try, feasible and not seen before; None where the budget or the space is used up."""
-        if self.left == 0:
-            return None
+        """The next configuration to try, feasible, not seen before and now ours; None where there is none (for now, if other workers
+        are trying some).
+        """
+        if time.monotonic() - self._synced > FRESH_S:
+            self.sync()
+        while self.left > 0:
+            cfg = self._next()
+            if cfg is None:
+                self.exhausted = True
+                return None
+            if not self._claim(cfg):
+                continue
+            key = config_key(cfg)
+            self.inflight[key] = cfg
+            settled = self._known(key)
+            if settled is None and self._deaths[key] >= MAX_DEATHS:
+                settled = Result("crash", reason=f"{self._deaths[key]} workers died at it")
+            if settled is None:
+                return cfg
+            self.tell(cfg, settled)
+        return None
+
+    def _next(self) -> dict[str, Any] | None:
         cfg = self._next_listed()
         if cfg is None:
             if not self._hinted:
                 self._hinted = True
-                self._first.extend(list(self._hints())[: self.trials // 2])
+                # at another shape the knobs that are held here may be held elsewhere
+                hints = [cfg for cfg in ({**cfg, **self.space.held} for cfg in self._hints()) if self.space.fits(cfg)]
+                self._first.extend(hints[: self.trials // 2])
                 listed = self._listed()
                 if listed is not None:
                     unseen = [c for c in listed if self._new(c)]
                     if len(unseen) <= self.left:
+                        self._random.shuffle(unseen)  # workers with seeds of their own get less often in each other's way
                         self._first.extend(unseen)
                 cfg = self._next_listed()
             cfg = cfg or self._suggest() or self._unseen()
-        if cfg is None:
-            self.exhausted = True
-            return None
-        self.inflight[config_key(cfg)] = cfg
         return cfg
 
     def _next_listed(self) -> dict[str, Any] | None:
-        while self._first:
-            cfg = self._first.popleft()
-            feasible = cfg == self.default or (self._in_space(cfg) and self.task.spec.invalid(self.task.p, cfg) is None)
-            if feasible and self._new(cfg):
-                if self._in_space(cfg):
-                    self._brain.enqueue_trial({name: cfg[name] for name in self.space})
-                    self._asked[config_key(cfg)] = self._brain.ask(self._distributions)
+        while self._again or self._first:
+            cfg = (self._again or self._first).popleft()
+            if self.space.fits(cfg) and self._new(cfg):
+                if cfg in self.space:
+                    self._ask_brain(cfg)
                 return cfg
         return None
 
     def _suggest(self) -> dict[str, Any] | None:
-        if not self.space:
+        if not self.space.knobs:
             return None
         for _ in range(MAX_MISSES):
             trial = self._brain.ask(self._distributions)
-            cfg = {**self.held, **trial.params}
-            if self.task.spec.invalid(self.task.p, cfg) is not None:
+            cfg = {**self.space.held, **trial.params}
+            if self.space.invalid(cfg) is not None:
                 self._brain.tell(trial, state=TrialState.PRUNED)
             elif self._new(cfg):
                 self._asked[config_key(cfg)] = trial
@@ -242,40 +302,102 @@ class Search:
         unseen = [cfg for cfg in listed if self._new(cfg)]
         return self._random.choice(unseen) if unseen else None
 
-    def tell(self, cfg: Config, result: Result) -> None:
-        """Store what became of a proposed configuration."""
-        key = config_key(cfg)
-        self.inflight.pop(key, None)
-        self.results[key] = (dict(cfg), result)
-        self.measured_now += result.counts
-        self._study.add_trial(self._frozen(cfg, result))
+    def _ask_brain(self, cfg: Config) -> None:
+        self._brain.enqueue_trial(self.space.knobs_of(cfg))
+        self._asked[config_key(cfg)] = self._brain.ask(self._distributions)
+
+    def _tell_brain(self, key: str, result: Result | None) -> None:
+        """The end of a configuration that the sampler knows to be under way; None: it came to nothing."""
         trial = self._asked.pop(key, None)
         if trial is None:
-            self._brain.add_trial(self._frozen(cfg, result))
-        elif result.outcome in TIMED:
+            return
+        if result is not None and result.outcome in TIMED:
             self._brain.tell(trial, result.time_us)
         else:
-            self._brain.tell(trial, state=TrialState.PRUNED)
+            self._brain.tell(trial, state=TrialState.FAIL if result is None else TrialState.PRUNED)
+
+    # -- what came of it ----------------------------------------------------------------------------------------------------------
+
+    def tell(self, cfg: Config, result: Result) -> None:
+        """Store what became of a proposed configuration; nothing of it where it was taken from us meanwhile (this process slept)."""
+        key = config_key(cfg)
+        self.inflight.pop(key, None)
+        trial_id = self._held_trials.pop(key)
+        timed = result.outcome in TIMED and result.time_us is not None
+        state = TrialState.COMPLETE if timed else TrialState.PRUNED
+        kept = self._claims.store.finish(trial_id, state, [result.time_us or 0.0] if timed else None, result=result.to_json())
+        if not kept:
+            self._tell_brain(key, None)
+            self.sync()
+            return
+        self.results[key] = (dict(cfg), result)
+        self.measured_now += result.counts
+        if key in self._asked:
+            self._tell_brain(key, result)
+        else:
+            self._brain.add_trial(self._frozen(cfg, result))
 
     def withdraw(self, cfg: Config) -> None:
-        """Forget a proposed configuration that will not be tried (out of time)."""
-        self.inflight.pop(config_key(cfg), None)
-        trial = self._asked.pop(config_key(cfg), None)
-        if trial is not None:
-            self._brain.tell(trial, state=TrialState.FAIL)
+        """Give back a proposed configuration that will not be tried (out of time)."""
+        key = config_key(cfg)
+        self.inflight.pop(key, None)
+        self._tell_brain(key, None)
+        trial_id = self._held_trials.pop(key, None)
+        if trial_id is not None:
+            self._claims.withdraw(trial_id, "out of time")
+
+    def release(self) -> None:
+        """Give back everything: this process ends."""
+        for cfg in list(self.inflight.values()):
+            self.withdraw(cfg)
+        self.give_up_confirmation()
+
+    # -- the confirmation ---------------------------------------------------------------------------------------------------------
 
     @property
     def confirmation(self) -> dict[str, Any] | None:
         """The stored confirmation, where no trial was added after it."""
-        stored = self._study.user_attrs.get("confirmation")
-        return stored if stored is not None and stored["count"] == self.count else None
+        stored = self._claims.attr("confirmation")
+        self.last_confirmation = stored if stored is not None and stored["count"] == self.count else None
+        return self.last_confirmation
 
-    def confirm(self, verdict: dict[str, Any]) -> None:
-        """Store the outcome of the confirmation."""
-        self._study.set_user_attr("confirmation", {**verdict, "count": self.count})
+    def claim_confirmation(self) -> bool:
+        """Whether it is ours to confirm: nobody has, and nobody else is at it. Raises :class:`ConfirmationFatal`."""
+        rows = self.sync()
+        if self.confirmed_elsewhere or self.confirmation is not None:
+            return False
+        died = sum(row.died for row in rows if row.kind == CONFIRM and row.count == self.count)
+        if died >= MAX_DEATHS:
+            raise ConfirmationFatal(f"{died} workers died at its confirmation")
+        trial_id = self._claims.create(
+            create_trial(state=TrialState.RUNNING, user_attrs={"kind": CONFIRM, "count": self.count, "worker": self._claims.store.me})
+        )
+        self._confirming = (trial_id, self.count)
+        earlier = self._claims.before(trial_id, self.sync(), CONFIRM)
+        if any(row.running for row in earlier) or self.confirmation is not None:
+            self.give_up_confirmation()
+            return False
+        return True
 
+    def confirm(self, verdict: dict[str, Any]) -> bool:
+        """Store the outcome of the confirmation. False where it had been taken from us: another worker confirms it, or has."""
+        trial_id, count = self._confirming or (None, self.count)
+        self._confirming = None
+        if trial_id is not None and self._claims.taken(trial_id):
+            self._claims.store.release(trial_id)
+            return False
+        self.last_confirmation = {**verdict, "count": count}
+        self._claims.set_attr("confirmation", self.last_confirmation)
+        if trial_id is not None:
+            self._claims.store.finish(trial_id, TrialState.PRUNED)
+        return True
 
-def open_storage(url: str) -> optuna.storages.BaseStorage:
-    """The storage behind a URL; SQLite waits for another process's writes instead of failing."""
-    kwargs = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=kwargs)
+    def give_up_confirmation(self) -> None:
+        """Give back the confirmation, where we hold it."""
+        if self._confirming is not None:
+            self._claims.withdraw(self._confirming[0], "given up")
+            self._confirming = None
+
+    def set_attr(self, name: str, value: Any) -> None:
+        """A user attribute of the stored study."""
+        self._claims.set_attr(name, value)

@@ -5,6 +5,9 @@ read and not written. Written lines would be dirty, and evicting them would cost
 write-backs. The other side of the coin: up to a cache's worth of the call's own writes is still in L2 when its clock stops, so a call
 that moves little more than L2 looks faster than memory. Where a share of bandwidth is reported, a sample therefore moves many times L2
 (several launches on inputs of their own, see tuner/bench_kernels.py), and copy bandwidth is measured by the same method in the same run.
+
+A clock with a :class:`~tuner.device_state.Watch` takes its samples in batches and reads the device's clocks before and after each; a batch
+that the watch calls dirty is dropped and taken again. All samples are CUDA events', of whatever is timed.
 """
 
 from __future__ import annotations
@@ -17,11 +20,22 @@ from statistics import NormalDist
 
 import torch
 
+from tuner.device_state import State, Watch
+
 Call = Callable[[], object]
 
 #: A candidate this much slower than the best after its first samples is not worth more of them.
 SLOW_FACTOR = 2.0
 FIRST_SAMPLES = 3
+
+#: Seconds that a batch between two readings of the clocks should take: about as long as a driver takes to change them. A reading costs
+#: nothing while the device is busy anyway; where it takes longer than that, a batch is made this many times longer than a reading.
+BATCH_S = 0.025
+READS = 50
+#: Rounds of the first batch, whose time says how many the next ones have.
+FIRST_ROUNDS = 8
+#: Seconds of other work before a dirty batch is taken again. Work, not rest: an idle chip's clock falls.
+SETTLE_S = 0.05
 
 
 def median(samples: Sequence[float]) -> float:
@@ -59,10 +73,13 @@ class Timed:
 
 
 class Clock:
-    """Times calls on one device; see the module's page for what stands in L2 before each sample."""
+    """Times calls on one device; see the module's page for what stands in L2 before each sample. Without a ``watch`` that sees the
+    device's clocks, every sample counts.
+    """
 
-    def __init__(self, device: str | torch.device) -> None:
+    def __init__(self, device: str | torch.device, watch: Watch | None = None) -> None:
         self.device = torch.device(device)
+        self.watch = Watch() if watch is None else watch
         if self.device.type == "cuda":
             l2 = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 50 << 20)
             # several times the cache, and long enough that the host enqueues the timed call while it runs
@@ -76,26 +93,75 @@ class Clock:
 
     def interleaved(self, calls: Sequence[Call | Timed], rounds: int) -> list[list[float]]:
         """``rounds`` rounds of one sample of every call: drift of the clock hits all of them alike. Every round starts with another one."""
-        timed = [c if isinstance(c, Timed) else Timed(c) for c in calls]
+        timed = _as_timed(calls)
+        if not self.watch.sees:
+            return self._take(timed, rounds, 0)
+        taken: list[list[float]] = []
+        before, size = self.watch.recent() or self._look(), FIRST_ROUNDS
+        while len(taken) < rounds:
+            start = time.perf_counter()
+            batch = self._take(timed, min(size, rounds - len(taken)), len(taken))
+            round_s = (time.perf_counter() - start) / len(batch)
+            after = self.watch.last
+            if self.watch.keep(before, after, len(batch) * len(timed)):
+                taken += batch
+                before, size = after, max(1, int(max(BATCH_S, READS * self.watch.read_s) / round_s))
+            else:
+                before = self._look(SETTLE_S)
+        return taken
+
+    def warm_up(self, calls: Sequence[Call | Timed], rounds: int) -> list[list[float]]:
+        """As :meth:`interleaved`, for the first calls of something: whatever the clocks do meanwhile is not held against the timing."""
+        return self._take(_as_timed(calls), rounds, 0)
+
+    def _take(self, timed: Sequence[Timed], rounds: int, first: int) -> list[list[float]]:
+        """Rounds ``first``, ``first + 1``, ... The watch reads the clocks during the last one: under load, and in nobody's time."""
         taken: list[list[Callable[[], float]]] = []
-        for r in range(rounds):
+        last = torch.cuda.Event() if self.device.type == "cuda" and self.watch.sees else None
+        for r in range(first, first + rounds):
+            if last is not None and r == first + rounds - 1:
+                last.record()
             row: dict[int, Callable[[], float]] = {}
             for k in range(len(timed)):
                 which = (r + k) % len(timed)
                 row[which] = self._one(timed[which])
             taken.append([row[k] for k in range(len(timed))])
+        if last is not None:
+            last.synchronize()
+        if self.watch.sees:
+            self.watch.read()
+        self._synchronize()
+        return [[read() for read in row] for row in taken]
+
+    def _look(self, seconds: float = 0.0) -> State:
+        """The device's state while it works at nothing that counts, after ``seconds`` of that."""
+        until = time.perf_counter() + seconds
+        self._flush()
+        while time.perf_counter() < until:
+            self._flush()
+            self._synchronize()
+        self._flush()
+        state = self.watch.read()
+        self._synchronize()
+        return state
+
+    def _flush(self) -> None:
+        """Fill L2 with other data, on CUDA."""
+        if self.device.type == "cuda":
+            torch.sum(self._other_data, 0, keepdim=True, out=self._sum)
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return [[read() for read in row] for row in taken]
 
     def _one(self, timed: Timed) -> Callable[[], float]:
         """Take one sample; the result reads it, on CUDA after a synchronisation."""
         if self.device.type == "cpu":
             spent = wall_us(timed.call, timed.count)
             return lambda: spent
-        torch.sum(self._other_data, 0, keepdim=True, out=self._sum)
+        self._flush()
         if timed.eager:
-            torch.cuda.synchronize(self.device)
+            self._synchronize()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(timed.count):
@@ -105,7 +171,7 @@ class Clock:
 
     def measure(self, call: Call, samples: int, budget_ms: float, best_us: float | None = None) -> tuple[list[float], bool]:
         """Warm up, sample within ``budget_ms``. Returns the samples and whether it stopped early: clearly slower than ``best_us``."""
-        self.sample(call, 1 if self.device.type == "cpu" else 3)
+        self.warm_up([call], 1 if self.device.type == "cpu" else 3)
         taken = self.sample(call, 1)
         if taken[0] < budget_ms * 1e3:
             taken += self.sample(call, FIRST_SAMPLES - 1)
@@ -126,6 +192,10 @@ class Clock:
         copy, moved = self.copy_call(nbytes)
         self.sample(copy, 2)
         return moved / median(self.sample(copy, 9)) / 1e3
+
+
+def _as_timed(calls: Sequence[Call | Timed]) -> list[Timed]:
+    return [c if isinstance(c, Timed) else Timed(c) for c in calls]
 
 
 def wall_us(call: Call, count: int = 1) -> float:

@@ -28,7 +28,7 @@ def _buckets(value: list[int]) -> list[int]:
     return sorted(value)
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what the kernels index with
 Buckets = Annotated[list[Count], Field(min_length=1), AfterValidator(_buckets)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 

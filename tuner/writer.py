@@ -1,14 +1,22 @@
-"""Tuned entries into the profile file: checked before the run, merged with what is there, written after every finished study."""
+"""Tuned entries into the profile file: checked before the run, merged with what is there, written after every finished study.
+
+Several tuners may write one profile at once: each write reads the file again and merges, under the profile's lock.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from mhc.files import remove_left_over
 from mhc.profile import ProfileError, read_profile, save_profile
 from mhc.schema import SCHEMA_VERSION, Entry, Profile, Provenance
 from tl_kernels import KERNELS
@@ -18,16 +26,60 @@ from tuner.hardware import Hardware
 
 def check_writable(path: Path, option: str = "--output") -> None:
     """Raise :class:`TuneError` where ``path`` could not be replaced later."""
-    if path.is_dir():
-        raise TuneError(f"{option} {path}: is a folder, wanted a file")
     try:
+        if path.is_dir():
+            raise TuneError(f"{option} {path}: is a folder, wanted a file")
+        if path.exists() and not path.is_file():
+            raise TuneError(f"{option} {path}: is no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".mhc-tune-"):
+        with tempfile.TemporaryFile(dir=path.parent):  # without a name: nothing is left of it, whatever becomes of this process
             pass
     except OSError as e:
         raise TuneError(f"{option} {path}: cannot be written: {e.strerror or e}") from None
     if path.exists() and not os.access(path, os.W_OK):
         raise TuneError(f"{option} {path}: is read-only")
+
+
+#: Seconds that a writer waits for the others; each takes milliseconds.
+LOCK_TIMEOUT_S, LOCK_POLL_S = 60.0, 0.02
+
+
+@contextlib.contextmanager
+def lock(path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+    """Alone among the tuners that write ``path``. Raises :class:`TuneError` after ``timeout_s``, OSError where no file can stand beside it.
+
+    Nothing is left of it, unless by SIGKILL, and then it does no harm.
+    """
+    path = Path(os.path.realpath(path))
+    beside, until = path.with_name(f".{path.name}.lock"), time.monotonic() + timeout_s
+    stream = _try_lock(beside)
+    while stream is None:
+        if time.monotonic() > until:
+            raise TuneError(f"--output: {path}: another mhc-tune has been writing it for {timeout_s:.0f} s ({beside} is locked)")
+        time.sleep(LOCK_POLL_S)
+        stream = _try_lock(beside)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        stream.close()
+
+
+def _try_lock(beside: Path) -> IO[str] | None:
+    stream = open(beside, "a")  # noqa: SIM115  # the caller closes it, which ends the lock
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # whoever had it before removed the file: a lock on a file without a name locks nobody out
+        if os.path.samestat(os.fstat(stream.fileno()), beside.stat()):
+            return stream
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        stream.close()
+        raise
+    stream.close()
+    return None
 
 
 class ProfileWriter:
@@ -38,44 +90,66 @@ class ProfileWriter:
         #: Why entries of the old file were left out, for the display.
         self.notes: list[str] = []
         self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._tuned: dict[tuple[Any, ...], Entry] = {}
         check_writable(path)
+        #: The device of the file that was there, where it is another one; its entries were dropped.
+        self._dropped: tuple[str, str] | None = None
         if path.exists():
-            self._keep(path)
+            self._entries = self._kept(first=True)
         #: True once this run wrote the file.
         self.written = False
 
-    def _keep(self, path: Path) -> None:
+    def _kept(self, first: bool = False) -> dict[tuple[Any, ...], Entry]:
+        """The entries of the file that are still good; ``first``: with a note on the others."""
         try:
-            old = read_profile(path)
+            old = read_profile(self.path)
         except ProfileError as e:
             raise TuneError(f"--output: {e}; mend it, remove it or name another file") from None
-        if (old.provenance.arch, old.provenance.gpu) != (self.hardware.arch, self.hardware.name):
-            self.notes.append(f"{path}: was tuned on {old.provenance.gpu}; its {len(old.entries)} entries are dropped")
-            return
-        stale = 0
-        for entry in old.entries:
-            fresh = entry.kernel in KERNELS and entry.source_hash == _hash(entry.kernel)
-            stale += not fresh
-            if fresh:
-                self._entries[entry.key] = entry
-        if stale:
-            self.notes.append(f"{path}: {stale} entries dropped, their kernels have changed since")
+        device = (old.provenance.arch, old.provenance.gpu)
+        if device != (self.hardware.arch, self.hardware.name):
+            if first:
+                self._dropped = device
+                self.notes.append(f"{self.path}: was tuned on {old.provenance.gpu}; its {len(old.entries)} entries are dropped")
+            elif device != self._dropped or self.written:
+                raise TuneError(f"--output: {self.path}: another run wrote it meanwhile, on {old.provenance.gpu}; name another file")
+            return {}
+        fresh = {e.key: e for e in old.entries if e.kernel in KERNELS and e.source_hash == _hash(e.kernel)}
+        if first and len(fresh) < len(old.entries):
+            self.notes.append(f"{self.path}: {len(old.entries) - len(fresh)} entries dropped, their kernels have changed since")
+        return fresh
 
     def add(self, entries: list[Entry], provenance: Provenance) -> None:
-        """Merge ``entries`` and write the file. Raises :class:`TuneError` where it cannot be written."""
-        for entry in entries:
-            self._entries[entry.key] = entry
+        """Merge ``entries`` with what stands in the file by now, and write it. Raises :class:`TuneError` where it cannot be written."""
+        tuned = {**self._tuned, **{entry.key: entry for entry in entries}}
         order = {name: i for i, name in enumerate(KERNELS)}
-        ordered = sorted(self._entries.values(), key=lambda e: (order[e.kernel], e.n, e.C, e.dtype, e.tokens))
         try:
-            save_profile(Profile(schema_version=SCHEMA_VERSION, provenance=provenance, entries=ordered), self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with lock(self.path):
+                kept = self._kept() if self.path.exists() else self._entries
+                merged = {**kept, **tuned}
+                ordered = sorted(merged.values(), key=lambda e: (order[e.kernel], e.n, e.C, e.dtype, e.tokens))
+                remove_left_over(self.path)
+                save_profile(Profile(schema_version=SCHEMA_VERSION, provenance=provenance, entries=ordered), self.path)
+                _sync(Path(os.path.realpath(self.path)).parent)
         except ProfileError as e:
             raise TuneError(f"--output: {e}") from None
-        self.written = True
+        except OSError as e:
+            raise TuneError(f"--output: {self.path}: cannot be written: {e.strerror or e}") from None
+        self._entries, self._tuned, self.written = merged, tuned, True
 
     @property
     def entries(self) -> list[Entry]:
         return list(self._entries.values())
+
+
+def _sync(folder: Path) -> None:
+    """Have the new name on the disk too, so that a power cut does not bring the old file back; best effort, not every system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _hash(kernel: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from mhc.profile import read_profile, save_profile
 from mhc.schema import Profile
 from mhc.yamlfile import first_complaint
 
@@ -76,6 +77,55 @@ def test_a_profile_keeps_every_value_and_type():
     assert Profile.model_validate(profile.model_dump(mode="json")) == profile
 
 
+#: What later tuners add to an entry.
+EVIDENCE: dict[str, Any] = {
+    "default_ci_us": [139.5, 141],
+    "runner_up_ci_us": [126.6, 127.5],
+    "gain_ci": [0.09, 0.1],
+    "trials": 16,
+    "funnel": {"space": 432, "constraint": 120, "shared": 0, "ok": 12},
+    "sampler": "tpe",
+    "registers": 64,
+    "stack": 0,
+    "shared_bytes": 22528,
+    "clock_mhz": 1755,
+    "dirty": "the clock fell from 1980 to 1755 MHz",
+    "date": "2026-11-22T06:50:26+00:00",
+    "tilelang": "0.1.15",
+    "driver": "580.1",
+    "commit": "525d4e6ed3ea+",
+}
+
+
+def test_the_evidence_of_an_entry_survives_the_file(tmp_path):
+    entry = {**ENTRY, **EVIDENCE}
+    profile = Profile.model_validate({**PROFILE, "entries": [entry]})
+    save_profile(profile, tmp_path / "p.yaml")
+    read = read_profile(tmp_path / "p.yaml")
+    assert read == profile
+    kept = read.entries[0].model_dump(mode="json")
+    assert {name: kept[name] for name in EVIDENCE} == EVIDENCE
+
+
+def test_an_entry_of_an_older_tuner_loads_without_it_and_is_written_without_it(tmp_path):
+    profile = Profile.model_validate(PROFILE)
+    assert all(getattr(profile.entries[0], name) is None for name in EVIDENCE)
+    save_profile(profile, tmp_path / "p.yaml")
+    assert "null" not in (tmp_path / "p.yaml").read_text()
+    assert read_profile(tmp_path / "p.yaml") == profile
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_evidence_may_be_missing_one_by_one(name):
+    entry = {**ENTRY, **EVIDENCE, name: None}
+    assert getattr(Profile.model_validate({**PROFILE, "entries": [entry]}).entries[0], name) is None
+
+
+@pytest.mark.parametrize("date", ["2026-11-22T06:50:26+00:00", "2026-11-22T06:50:26Z", "2026-11-22"])
+def test_dates_are_iso_dates(date):
+    assert Profile.model_validate(changed("entries.0.date", date)).entries[0].date == date
+
+
 def test_impl_is_tilelang_unless_said():
     assert Profile.model_validate(changed("entries.0.impl", ...)).entries[0].impl == "tilelang"
 
@@ -112,6 +162,30 @@ def test_impl_is_tilelang_unless_said():
         ("entries.0.error", {"y": math.nan}, "entries[0].error.y: got nan"),
         ("entries.0.source_hash", ..., "entries[0].source_hash: missing"),
         ("entries.0.note", "x", "entries[0].note: unknown field"),
+        ("entries.0.default_ci_us", [2, 1], "entries[0].default_ci_us: got [2, 1], wanted [low, high] in microseconds"),
+        ("entries.0.runner_up_ci_us", 7, "entries[0].runner_up_ci_us: got 7, wanted [low, high]"),
+        (
+            "entries.0.gain_ci",
+            [0.1, 1.0],
+            "entries[0].gain_ci: got [0.1, 1.0], wanted [low, high] as shares of the default's time, below 1",
+        ),
+        ("entries.0.gain_ci", [-math.inf, 0.1], "entries[0].gain_ci: got [-inf, 0.1], wanted [low, high]"),
+        ("entries.0.gain_ci", [True, 0.5], "entries[0].gain_ci: got [True, 0.5], wanted [low, high]"),
+        ("entries.0.trials", -1, "entries[0].trials: got -1, wanted greater than or equal to 0"),
+        ("entries.0.trials", 1.0, "entries[0].trials: got 1.0, wanted a valid integer"),
+        ("entries.0.funnel", {"ok": -1}, "entries[0].funnel: got {'ok': -1}, wanted how many configurations ended at each rung"),
+        ("entries.0.funnel", {"ok": True}, "entries[0].funnel: got {'ok': True}, wanted how many"),
+        ("entries.0.funnel", {1: 1}, "entries[0].funnel: got {1: 1}, wanted how many"),
+        ("entries.0.funnel", [1], "entries[0].funnel: got [1], wanted how many"),
+        ("entries.0.sampler", "", "entries[0].sampler: got ''"),
+        ("entries.0.registers", "64", "entries[0].registers: got '64', wanted a valid integer"),
+        ("entries.0.stack", -8, "entries[0].stack: got -8"),
+        ("entries.0.shared_bytes", 0.5, "entries[0].shared_bytes: got 0.5"),
+        ("entries.0.clock_mhz", 0, "entries[0].clock_mhz: got 0, wanted greater than 0"),
+        ("entries.0.dirty", 1, "entries[0].dirty: got 1, wanted a valid string"),
+        ("entries.0.date", "yesterday", "entries[0].date: got 'yesterday', wanted an ISO date such as 2026-11-22"),
+        ("entries.0.date", 20261122, "entries[0].date: got 20261122, wanted an ISO date"),
+        ("entries.0.driver", "", "entries[0].driver: got ''"),
         ("entries", [ENTRY, ENTRY], "entries[1] repeats entries[0]"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,75 @@ from rich.console import Console
 from tests.tuner import planted
 from tl_kernels import KERNELS
 from tuner import pipeline as pipeline_module
+from tuner.devices import Device
 from tuner.display import Display
 from tuner.effort import Effort
 from tuner.hardware import Hardware
-from tuner.pipeline import Pipeline, Settings
-from tuner.search import Task, open_storage
+from tuner.pipeline import Pipeline
+from tuner.settings import Settings
+from tuner.storage import open_storage
+from tuner.store import Store
+from tuner.task import Task
 from tuner.writer import ProfileWriter
 
+#: With characters that a URL must quote; as it stands in the URL.
+PASSWORD = "s3cr3t%40pw"
 HARDWARE = Hardware(profile="cpu", name="Test CPU", arch="cpu")
-EFFORT = Effort(trials=4, samples=5, sample_ms=10.0, finalists=2, rounds=5, confirm_ms=20.0)
+EFFORT = Effort(trials=4, samples=5, sample_ms=10.0, finalists=2, rounds=9, confirm_ms=20.0)
 
 
-def make_task(kernel: str = "pre_bwd", C: int = 1280, T: int = 64, arch: str = "cpu") -> Task:
-    return Task(kernel, KERNELS[kernel].problem(4, C), T, arch, "cpu" if arch == "cpu" else "h100", (C,))
+def make_task(kernel: str = "pre_bwd", C: int = 1280, T: int = 64, arch: str = "cpu", device: str = "Test CPU") -> Task:
+    return Task(kernel, KERNELS[kernel].problem(4, C), T, arch, "cpu" if arch == "cpu" else "h100", (C,), device)
 
 
 @pytest.fixture
-def make_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pipeline]:
+def make_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pipeline]]:
     """``make_pipeline(tasks, trials=..., compile=..., measure=...)`` on one storage and one profile per test."""
+    stores = []
 
     def make(
         tasks: list[Task],
         trials: int = 4,
         compile: Callable[..., Any] = planted.compile_ok,
         measure: Callable[..., Any] = planted.measure_ok,
+        confirm: Callable[..., Any] = planted.confirm_ok,
         time_limit: float | None = None,
+        devices: tuple[Device, ...] = (Device(0, None, "", ""),),
+        hardware: Hardware = HARDWARE,
+        sampler: str = "tpe",
     ) -> Pipeline:
-        jobs = {"compile_job": compile, "measure_job": measure, "confirm_job": planted.confirm_ok, "copy_job": planted.copy_ok}
+        jobs = {"compile_job": compile, "measure_job": measure, "confirm_job": confirm, "copy_job": planted.copy_ok}
         for name, job in jobs.items():
             monkeypatch.setattr(pipeline_module, name, job)
-        settings = Settings(HARDWARE, EFFORT, trials, time_limit, seed=0, jobs=2, command="mhc-tune", log=tmp_path / "workers.log")
-        storage, writer = open_storage(f"sqlite:///{tmp_path}/study.db"), ProfileWriter(tmp_path / "cpu.yaml", HARDWARE)
-        return Pipeline(settings, tasks, storage, writer, Display(Console(quiet=True)))
+        log = tmp_path / "workers.log"
+        settings = Settings(hardware, EFFORT, trials, time_limit, 0, jobs=2, command="mhc-tune", log=log, sampler=sampler)
+        stores.append(Store(open_storage(f"sqlite:///{tmp_path}/study.db"), "sqlite"))
+        writer, orders = ProfileWriter(tmp_path / "cpu.yaml", hardware), [settings.order(task) for task in tasks]
+        return Pipeline(settings, orders, stores[-1], writer, Display(Console(quiet=True)), devices)
 
-    return make
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """A database of this test's own on the server at 127.0.0.1:5432, with a password in its URL (trust authentication takes any)."""
+    psycopg = pytest.importorskip("psycopg", reason="no PostgreSQL driver")
+    try:
+        admin = psycopg.connect("postgresql://root@127.0.0.1:5432/test", connect_timeout=3, autocommit=True)
+    except psycopg.OperationalError as e:
+        pytest.skip(f"no PostgreSQL server at 127.0.0.1:5432: {' '.join(str(e).split())}")
+    name = f"mhc_{uuid.uuid4().hex[:12]}"
+    with admin:
+        admin.execute(f"CREATE DATABASE {name}")
+        try:
+            yield f"postgresql://root:{PASSWORD}@127.0.0.1:5432/{name}"
+        finally:
+            admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Each storage in turn, empty."""
+    return str(request.getfixturevalue("postgres_url")) if request.param == "postgresql" else f"sqlite:///{tmp_path}/shared.db"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
+from tuner.device_lock import DeviceBusy
 from tuner.worker_main import FatalError
+
+_asked = 0
 
 
 def measured_us(cfg: dict[str, Any]) -> float:
@@ -31,6 +36,14 @@ def compile_faulty(name: str, p: Any, cfg: dict[str, Any], target: str) -> dict[
     return {"seconds": 0.0, "shared_bytes": None, "infeasible": infeasible}
 
 
+def compile_refusing(name: str, p: Any, cfg: dict[str, Any], target: str) -> dict[str, Any]:
+    """block_C 512 does not compile, 640 needs too much shared memory."""
+    if cfg["block_C"] == 512:
+        raise RuntimeError("no available layout found")
+    refused = {"infeasible": "999999 bytes of shared memory, a block has 232448", "rung": "shared"} if cfg["block_C"] == 640 else {}
+    return {"seconds": 0.0, "shared_bytes": None, "infeasible": None, "rung": None, **refused}
+
+
 def measure_ok(
     name: str, p: Any, T: int, cfg: dict[str, Any], target: str, effort: Any, seed: int, best_us: float | None
 ) -> dict[str, Any]:
@@ -43,6 +56,11 @@ def measure_slowly(*args: Any) -> dict[str, Any]:
     return measure_ok(*args)
 
 
+def measure_a_while(*args: Any) -> dict[str, Any]:
+    time.sleep(random.uniform(0.02, 0.3))
+    return measure_ok(*args)
+
+
 def measure_dying(*args: Any) -> dict[str, Any]:
     """The fastest configuration takes the measuring process down."""
     if args[3]["block_C"] == 1280:
@@ -52,9 +70,60 @@ def measure_dying(*args: Any) -> dict[str, Any]:
 
 def confirm_ok(
     name: str, p: Any, T: int, cfgs: list[dict[str, Any]], target: str, effort: Any, seed: int, with_reference: bool
-) -> list[list[float]]:
+) -> dict[str, Any]:
     samples = [[measured_us(cfg) * (1 + 1e-4 * i) for i in range(9)] for cfg in cfgs]
-    return samples + ([[1e6] * 9] if with_reference else [])
+    return {"samples": samples + ([[1e6] * 9] if with_reference else []), "clock_mhz": 1980.0, "dropped": 1, "dirty": None}
+
+
+def measure_where(*args: Any) -> dict[str, Any]:
+    """Says which device its process sees, as the samples' number."""
+    time.sleep(0.1)
+    return {**measure_ok(*args), "samples": int(os.environ["CUDA_VISIBLE_DEVICES"]), "gate_s": 0.04, "timing_s": 0.05}
+
+
+def measure_on_one_of_two(*args: Any) -> dict[str, Any]:
+    """Device 1 falls off the bus."""
+    if os.environ["CUDA_VISIBLE_DEVICES"] == "1":
+        raise FatalError("the GPU is gone: no CUDA-capable device is detected")
+    return measure_ok(*args)
+
+
+def measure_nowhere(*args: Any) -> dict[str, Any]:
+    raise FatalError("the GPU is gone: no CUDA-capable device is detected")
+
+
+def measure_when_free(*args: Any) -> dict[str, Any]:
+    """Another process has the device's lock, the first two times that this process asks."""
+    global _asked
+    _asked += 1
+    if _asked <= 2:
+        raise DeviceBusy("device lock /tmp/x.lock: held by process 1")
+    return measure_ok(*args)
+
+
+def confirm_then_remove_the_storage(*args: Any) -> dict[str, Any]:
+    """The first study's confirmation is the last thing that the storage sees."""
+    path = Path(os.environ["PLANTED_STORAGE"])
+    if path.with_suffix(".once").exists():
+        time.sleep(1.5)  # the first one's is being stored meanwhile
+        path.unlink(missing_ok=True)
+    path.with_suffix(".once").touch()
+    return confirm_ok(*args)
+
+
+def measure_then_remove_storages(*args: Any) -> dict[str, Any]:
+    """Whatever SQLite file stands in the folder."""
+    for path in Path.cwd().glob("*.db"):
+        path.unlink(missing_ok=True)
+    return measure_ok(*args)
+
+
+def copy_unless_url_is_known(target: str) -> float:
+    """The environment and command line of a measuring process hold no storage URL."""
+    known = f"{dict(os.environ)} {Path('/proc/self/cmdline').read_text()}"
+    if "postgresql" in known:
+        raise RuntimeError("the storage URL is known here")
+    return 10.0
 
 
 def poisoned_device() -> None:

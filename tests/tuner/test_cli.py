@@ -1,6 +1,5 @@
 """The command line from outside: help, one-line errors with exit code 2, Ctrl-C, and one real tuning run on the CPU target."""
 
-import fcntl
 import functools
 import json
 import os
@@ -40,7 +39,14 @@ def run_here(monkeypatch, *args):
 def test_help_teaches(tmp_path):
     done = mhc_tune(tmp_path, "--help")
     assert done.returncode == 0
-    for text in ("--gpu", "--kernels", "--time-limit", "--storage", "Ctrl-C", "mhc-tune --gpu h100", "Examples"):
+    for text in ("--gpu", "--kernels", "--time-limit", "--storage", "--sampler", "Ctrl-C", "mhc-tune --gpu h100", "Examples", "Exit codes"):
+        assert text in done.stdout, text
+
+
+def test_help_of_worker_teaches(tmp_path):
+    done = mhc_tune(tmp_path, "worker", "--help")
+    assert done.returncode == 0
+    for text in ("--storage", "--wait", "--devices", "MHC_TUNE_STORAGE", "killed at any time", "Exit codes"):
         assert text in done.stdout, text
 
 
@@ -72,6 +78,11 @@ def test_bench_from_outside(tmp_path):
         (["--tokens", "many"], "--tokens: got 'many'"),
         (["--gpu", "cpu", "--output", "."], "is a folder"),
         (["--gpu", "cpu", "--storage", "nowhere://x"], "--storage nowhere://x: cannot be opened"),
+        (["--gpu", "cpu", "--sampler", "tpee"], "did you mean 'tpe'"),
+        (["--gpu", "cpu", "--devices", "0"], "--devices 0: there is one CPU"),
+        (["worker"], "--storage: got nothing"),
+        (["worker", "--gpu", "cpu", "--storage", "nowhere://u:hush@x"], "--storage nowhere://u:***@x: cannot be opened"),
+        (["worker", "--storage", "sqlite://", "--kernels", "pree"], "did you mean 'pre'"),
         (["--workloads-file", "bad.yaml"], "bad.yaml"),
         (["--trials", "0"], "'--trials'"),
         (["--effort", "huge"], "'--effort'"),
@@ -101,15 +112,6 @@ def test_a_missing_compiler_is_one_line_and_exit_code_2(tmp_path, monkeypatch, c
     err = capsys.readouterr().err
     assert "g++" in err
     assert len(err.strip().splitlines()) == 1
-
-
-def test_a_second_tuner_on_the_same_device_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / ".mhc-tune").mkdir()
-    with open(tmp_path / ".mhc-tune" / "cpu.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run_here(monkeypatch, "--gpu", "cpu") == 2
-    assert "another mhc-tune is measuring on cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,10 +2,11 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from mhc.schema import Entry
-from tuner.display import Display, duration, microseconds, result_table
+from tuner.display import RUNGS, Display, duration, funnel_line, gain_text, microseconds, percent, result_table, time_line
 
 ENTRY = Entry(
     kernel="post_res_bwd",
@@ -61,3 +62,58 @@ def test_entries_that_differ_in_C_only_share_a_row():
     text = printed(lambda console: console.print(result_table([ENTRY, twin], "H100")))
     assert text.count("post_res_bwd") == 1
     assert "any" in text
+
+
+SURE = ENTRY.model_copy(update={"gain_ci": (0.9081, 0.9101)})
+
+
+def test_the_table_shows_how_sure_a_gain_is():
+    text = printed(lambda console: console.print(result_table([SURE], "H100")))
+    assert "90.9% (90.8% to 91.0%)" in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "90.9%"),
+        ({"gain_ci": (0.9, 0.92)}, "90.9% (90.0% to 92.0%)"),
+        ({"verdict": "tie", "time_us": 1500.2, "gain_ci": (-0.002, 0.008)}, "-0.2% to 0.8%"),
+        ({"verdict": "default", "time_us": 1500.2}, "-"),
+        ({"impl": "reference", "gain_ci": (0.1, 0.2)}, "90.9%"),  # the interval is not PyTorch's
+    ],
+)
+def test_the_gain_of_each_verdict(changes, text):
+    assert gain_text(ENTRY.model_copy(update=changes)) == text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0963, "9.6%"), (-0.0004, "-0.04%"), (0.00001, "0%"), (-0.00001, "0%"), (0, "0%")])
+def test_shares_are_readable(share, text):
+    assert percent(share) == text
+
+
+def test_a_win_says_by_how_much():
+    def show(console):
+        with Display(console) as display:
+            display.finished("post_res", SURE.model_copy(update={"gain_ci": (0.9, 0.92)}), 16, 16, 1, 2, None)
+
+    assert "(93% of copy), win by 90.9% (90.0% to 92.0%); 16 trials" in printed(show)
+
+
+def test_the_funnel_is_one_line_in_the_order_of_the_ladder():
+    counts = {"ok": 12, "slow": 4, "shared": 3, "space": 432, "constraint": 120, "crash": 0, "new_rung": 1}
+    line = (
+        "432 configurations: 120 ruled out by the kernel's constraints, 3 with too much shared memory, 4 cut short as slow,"
+        " 12 timed in full, 1 new_rung, 292 not tried"
+    )
+    assert funnel_line(counts) == line
+    assert printed(lambda console: Display(Console(file=console.file, width=200)).funnel(counts)) == line + "\n"
+    assert funnel_line({}) == "0 configurations: none tried"
+    assert len(set(RUNGS.values())) == len(RUNGS)
+
+
+def test_where_the_time_went_is_one_line_longest_first():
+    phases = {"compile": 60.0, "timing": 183.0, "gate": 0.0}
+    assert time_line(phases) == "timing 3:03 (75%), compile 1:00 (25%)"
+    assert printed(lambda console: Display(console).time_spent(phases)) == f"where the time went: {time_line(phases)}\n"
+    assert time_line({}) == "nothing took any time"

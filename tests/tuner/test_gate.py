@@ -60,13 +60,63 @@ def test_an_unwritten_tail_is_caught():
         check(fake, case(fake))
 
 
-def test_a_write_past_the_end_is_caught():
-    def past(out):
-        torch.as_strided(out[1], (1,), (1,), out[1].numel()).fill_(0.0)
+def outside(tensor, elements):
+    """The one element so far from the tensor's first."""
+    return torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() + elements)
 
-    fake = Fake(past)
-    with pytest.raises(GateError, match="dH_pre: written past its end"):
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("elements", "where"), [(-1, "before its start"), (-96, "before its start"), (None, "past its end")])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_write_outside_is_caught(which, elements, where, value):
+    def write(out):
+        outside(out[which], out[which].numel() if elements is None else elements).fill_(value)
+
+    fake = Fake(write)
+    with pytest.raises(GateError, match=f"{KERNEL.outputs[which].name}: written {where} at T=37"):
         check(fake, case(fake))
+
+
+@pytest.mark.parametrize("T", [1, 37])
+def test_a_whole_row_too_many_is_caught_at_its_far_end(T):
+    """dx has rows of n C elements; a program that skips the row before the first leaves the nearer ones alone."""
+
+    def write(out):
+        outside(out[0], -4 * 1024).fill_(0.0)
+
+    fake = Fake(write, C=1024)
+    with pytest.raises(GateError, match="dx: written before its start"):
+        check(fake, case(fake, T))
+
+
+def test_a_changed_input_is_caught_and_spoils_nobody_elses():
+    class Writes(Fake):
+        def __call__(self, *inputs, out):
+            results = super().__call__(*inputs, out=out)
+            inputs[1].view(-1)[-1] += 1
+            return results
+
+    fake = Writes()
+    theirs = case(fake)
+    before = [t.clone() for t in theirs.inputs]
+    with pytest.raises(GateError, match="x: an input, changed at T=37"):
+        check(fake, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(before, theirs.inputs, strict=True))
+
+
+def test_outputs_are_poisoned_and_aligned_as_they_are_in_use():
+    seen = []
+
+    class Looks(Fake):
+        def __call__(self, *inputs, out):
+            seen.extend((bool(o.isnan().all()), o.storage_offset() * o.element_size() % 512) for o in out)
+            return super().__call__(*inputs, out=out)
+
+    for C in (96, 97):  # rows of whole and of odd sizes
+        fake = Looks(C=C)
+        check(fake, case(fake))
+    assert set(seen) == {(True, 0)}
+    assert len(seen) == 8  # two outputs, two runs, twice
 
 
 def test_a_result_that_changes_from_run_to_run_is_caught():

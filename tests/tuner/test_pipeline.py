@@ -1,6 +1,7 @@
 """tuner/pipeline.py: studies from first proposal to written entry, faults kept to their own trial, resumption, time limits."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,12 @@ from mhc.profile import read_profile
 from tests.tuner import planted
 from tests.tuner.conftest import make_task
 from tuner import pipeline as pipeline_module
+from tuner import store as store_module
+from tuner.devices import Device
+from tuner.hardware import Hardware
+from tuner.pipeline import DeviceLost
+from tuner.raw import raw
+from tuner.store import StorageLost
 
 
 def outcomes(pipeline, study=0):
@@ -84,14 +91,11 @@ def test_studies_of_one_program_share_their_compiles(make_pipeline):
     run.run()
     tried = [set(s.search.results) for s in run.studies]
     assert len(tried[0] & tried[1]) >= 2, "half of the second study's trials come from the first"
-    assert len(run._compiled) == len(tried[0] | tried[1])
+    assert len(run.compiling.futures) == len(tried[0] | tried[1])
 
 
 def test_a_program_without_channels_is_tuned_once_for_every_C(make_pipeline, tmp_path):
-    from tuner.search import Task
-
-    base = make_task()
-    task = Task(base.kernel, base.p, base.T, base.arch, base.profile, covers=(1280, 2560))
+    task = replace(make_task(), covers=(1280, 2560))
     run = make_pipeline([task])
     run.run()
     assert [e.C for e in read_profile(tmp_path / "cpu.yaml").entries] == [1280, 2560]
@@ -100,7 +104,129 @@ def test_a_program_without_channels_is_tuned_once_for_every_C(make_pipeline, tmp
 def test_raw_results_hold_every_trial(make_pipeline):
     run = make_pipeline([make_task()])
     run.run()
-    (study,) = run.raw()["studies"]
+    (study,) = raw(run)["studies"]
     assert len(study["trials"]) == 4
     assert {"config", "outcome", "time_us", "error", "reason"} <= set(study["trials"][0])
     assert study["confirmation"]["entry"]["kernel"] == "pre_bwd"
+
+
+GPU = Hardware(profile="h100", name="Test GPU", arch="sm_90a")
+TWO = (Device(0, "0", "h100", "Test GPU"), Device(1, "1", "h100", "Test GPU"))
+
+
+def gpu_task(**kwargs):
+    return make_task(arch="sm_90a", device="Test GPU", **kwargs)
+
+
+def test_two_devices_share_one_search(make_pipeline):
+    tasks = [gpu_task(C=C) for C in (1280, 2560)]
+    run = make_pipeline(tasks, trials=8, measure=planted.measure_where, hardware=GPU, devices=TWO)
+    run.run()
+    by_device = [result.samples for study in run.studies for _, result in study.search.results.values() if result.outcome == "ok"]
+    assert len(by_device) == run.measured == sum(study.search.count for study in run.studies)
+    assert min(by_device.count(0), by_device.count(1)) >= 3, "both measure"
+    assert sorted(entry.C for entry in run.entries) == [1280, 2560]
+    # 0.04 s of each measurement are the gate's, 0.05 s the timing's
+    assert run.phases.seconds["gate"] == pytest.approx(0.04 * run.measured, rel=0.05)
+    assert run.phases.seconds["timing"] == pytest.approx(0.05 * run.measured, rel=0.05)
+    assert "on 2 devices" in run.time_lines()[0]
+    assert "timing" in run.time_lines()[0]
+
+
+def test_a_lost_device_leaves_its_work_to_the_other(make_pipeline):
+    run = make_pipeline([gpu_task(C=2560)], trials=6, measure=planted.measure_on_one_of_two, hardware=GPU, devices=TWO)
+    run.run()
+    assert len(run.entries) == 1
+    results = [r.outcome for _, r in run.studies[0].search.results.values() if r.counts]
+    assert results == ["ok"] * 6, "what the lost device was given is no failure of the configuration"
+
+
+def test_the_last_device_lost_ends_the_run_and_gives_everything_back(make_pipeline):
+    run = make_pipeline([gpu_task(C=2560)], measure=planted.measure_nowhere, hardware=GPU)
+    with pytest.raises(DeviceLost, match=r"Test GPU: lost in mid-run: .*the GPU is gone"):
+        run.run()
+    assert not run.studies[0].search.count
+    assert not any(row.running for row in run.studies[0].search._claims.read())
+
+
+def test_a_busy_device_is_asked_again(make_pipeline):
+    run = make_pipeline([make_task()], trials=3, measure=planted.measure_when_free)
+    run.run()
+    assert [r.outcome for r in outcomes(run).values()] == ["ok"] * 3
+
+
+def test_what_cannot_win_by_its_bytes_is_not_measured(make_pipeline, monkeypatch):
+    seen = []
+
+    def never(kernel, p, T, cfg, copy_gbps, best_us):
+        seen.append((cfg, copy_gbps, best_us))
+        return "too many bytes" if cfg["block_C"] in (1024, 1280) and best_us is not None else None
+
+    monkeypatch.setattr(pipeline_module, "hopeless", never)
+    run = make_pipeline([gpu_task()], trials=100, hardware=GPU)
+    run.run()
+    search = run.studies[0].search
+    refused = [cfg["block_C"] for cfg, r in search.results.values() if r.rung == "roofline"]
+    assert refused
+    assert set(refused) <= {1024, 1280}
+    assert search.funnel()["roofline"] == len(refused)
+    assert run.measured == search.count
+    assert (10.0, search.default) not in [(gbps, cfg) for cfg, gbps, _ in seen], "the default is always measured"
+    assert run.entries[0].funnel == search.funnel()
+
+
+def test_a_program_that_does_not_compile_is_compiled_once_for_all_token_counts(make_pipeline):
+    run = make_pipeline([make_task(T=64)], trials=50, compile=planted.compile_refusing)
+    run.run()
+    later = make_pipeline([make_task(T=128)], trials=50, compile=planted.compile_refusing)
+    later.run()
+    assert outcomes(later)[512] == outcomes(run)[512]
+    assert outcomes(later)[640].rung == "shared"
+    compiled = [key for key in later.compiling.futures if '"block_C": 512' in key[2] or '"block_C": 640' in key[2]]
+    assert not compiled
+
+
+def test_other_shapes_are_tried_where_their_best_was(make_pipeline):
+    make_pipeline([make_task(C=2560)], trials=50).run()
+    run = make_pipeline([make_task(C=4096)], trials=3)
+    run.run()
+    search = run.studies[0].search
+    assert [cfg["block_C"] for cfg in search._hints()] == [2560, 2048], "the best two of C = 2560"
+    asked = [row.cfg["block_C"] for row in search._claims.read() if row.cfg]
+    assert asked[1] == 2048, "the one of them that divides C = 4096 comes right after the default"
+
+
+def test_an_entry_says_how_it_was_found(make_pipeline):
+    run = make_pipeline([make_task()], trials=3, sampler="random")
+    run.run()
+    (entry,) = run.entries
+    assert (entry.trials, entry.sampler, entry.clock_mhz) == (3, "random", 1980.0)
+    assert entry.default_ci_us[0] <= entry.default_us <= entry.default_ci_us[1]
+    assert entry.runner_up_ci_us is not None
+    assert entry.tilelang
+    assert entry.date
+
+
+def test_a_storage_removed_in_mid_run_ends_it_with_what_was_written(make_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "PATIENCE_S", (0.01,))
+    monkeypatch.setenv("PLANTED_STORAGE", str(tmp_path / "study.db"))
+    tasks = [make_task(C=C) for C in (1280, 2560, 4096)]
+    run = make_pipeline(tasks, trials=2, confirm=planted.confirm_then_remove_the_storage)
+    with pytest.raises(StorageLost, match="was removed"):
+        run.run()
+    assert len(read_profile(tmp_path / "cpu.yaml").entries) == len(run.entries) == 1
+    assert raw(run)["studies"][0]["trials"]
+
+
+def test_an_interrupted_run_gives_back_what_it_held(make_pipeline, monkeypatch):
+    run = make_pipeline([make_task()], measure=planted.measure_slowly)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_measured", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    rows = run.studies[0].search._claims.read()
+    assert rows
+    assert not any(row.running or row.died for row in rows)

@@ -1,10 +1,19 @@
 """tuner/search.py: the default first, nothing infeasible, nothing twice, nothing lost."""
 
-import pytest
+import json
+import threading
+import time
 
-from tests.tuner.conftest import make_task
+import pytest
+from optuna.trial import TrialState
+
+from tests.tuner.conftest import EFFORT, make_task
 from tl_kernels import KERNELS
-from tuner.search import Result, Search, config_key, open_storage
+from tuner import identity
+from tuner.search import MAX_DEATHS, Search
+from tuner.storage import open_storage
+from tuner.store import Store
+from tuner.task import Order, Result, config_key
 
 
 @pytest.fixture
@@ -123,3 +132,190 @@ def test_a_confirmation_is_void_once_a_trial_was_added(storage):
 def test_the_study_of_a_program_without_channels_does_not_depend_on_the_workloads_chosen():
     assert make_task("sinkhorn", C=1280).key == make_task("sinkhorn", C=4096).key
     assert make_task("pre", C=1280).key != make_task("pre", C=4096).key
+
+
+# -- several workers ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers(storage_url, monkeypatch):
+    """``workers(task, trials)`` is a search as one more worker has it, with a connection of its own; no two can see each other die."""
+    monkeypatch.setattr(identity, "_machine", lambda: None)
+    stores = []
+
+    def make(task, trials=100, seed=0, **kwargs):
+        stores.append(Store(open_storage(storage_url, heartbeat_s=1, grace_s=1), storage_url))
+        return Search(task, stores[-1], trials, seed, **kwargs)
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+OK = Result("ok", 1.0, (1.0, 1.0))
+
+
+def stored(search):
+    """Configurations that count in the storage, one for each trial."""
+    return [row.key for row in search._claims.read() if row.kind == "config" and row.counts]
+
+
+def fall_silent(search):
+    """As if the process was stopped: it is alive, but nobody hears of it."""
+    search._claims.store._stop.set()
+
+
+def wait_for(condition, *searches):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        for search in searches:
+            search.refresh()
+
+
+def test_workers_that_propose_at_once_never_get_the_same_nor_more_than_the_budget(workers):
+    searches = [workers(make_task("post_res", C=2560, arch="sm_90a"), trials=9) for _ in range(3)]
+    got, gate = [[] for _ in searches], threading.Barrier(len(searches))
+
+    def take(search, mine):
+        gate.wait()
+        while (cfg := search.propose()) is not None:
+            mine.append(config_key(cfg))
+
+    threads = [threading.Thread(target=take, args=pair) for pair in zip(searches, got, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    every = [key for mine in got for key in mine]
+    assert len(every) == len(set(every)) == 9
+    assert sorted(stored(searches[0])) == sorted(every)
+
+
+def test_what_one_worker_stored_the_other_knows(workers):
+    one, other = (workers(make_task(C=2560), trials=3) for _ in range(2))
+    cfg = one.propose()
+    assert other.propose() != cfg
+    one.tell(cfg, Result("ok", 12.5, (12.0, 13.0), {"u": 1e-3}, samples=7, registers=40, clock_mhz=1980.0, rung=None, gate_s=0.5))
+    other.sync()
+    assert other.results[config_key(cfg)] == one.results[config_key(cfg)]
+
+
+def test_what_a_dead_worker_held_is_tried_again_and_its_late_result_is_dropped(workers):
+    asleep, awake = (workers(make_task(C=2560), trials=3) for _ in range(2))
+    cfg = asleep.propose()
+    fall_silent(asleep)
+    awake.sync()
+    assert config_key(cfg) in awake.elsewhere
+    wait_for(lambda: config_key(cfg) not in awake.elsewhere, awake)
+    again = awake.propose()
+    assert again == cfg, "it goes first"
+    asleep.tell(cfg, Result("ok", 1.0, (1.0, 1.0)))
+    assert asleep.measured_now == 0
+    assert config_key(cfg) in asleep.elsewhere, "the other one is at it"
+    awake.tell(again, Result("ok", 2.0, (2.0, 2.0)))
+    asleep.sync()
+    assert asleep.results[config_key(cfg)][1].time_us == 2.0
+    assert stored(awake) == [config_key(cfg)]
+
+
+def test_a_configuration_that_kills_its_workers_is_a_failure_in_the_end(workers):
+    task, default = make_task(C=2560), None
+    for _ in range(MAX_DEATHS):
+        search = workers(task)
+        default = search.propose()
+        search._claims.store.storage.set_trial_state_values(search._held_trials[config_key(default)], TrialState.FAIL)  # as the reaper does
+    last = workers(task)
+    assert last.propose() != default == last.default
+    assert last.results[config_key(default)][1].outcome == "crash"
+    assert "3 workers died" in last.results[config_key(default)][1].reason
+
+
+def test_what_was_withdrawn_is_no_death(workers):
+    for _ in range(MAX_DEATHS + 1):
+        search = workers(make_task(C=2560))
+        assert search.propose() == search.default
+        search.release()
+    assert search._deaths.total() == 0
+
+
+def test_devices_of_another_name_do_not_share_a_study(workers):
+    one, other = workers(make_task(device="NVIDIA H100 PCIe")), workers(make_task(device="NVIDIA H100 80GB HBM3"))
+    one.tell(one.propose(), OK)
+    other.sync()
+    assert not other.results
+    assert other.propose() == other.default
+
+
+def test_one_worker_confirms(workers):
+    one, other = (workers(make_task(C=2560), trials=1) for _ in range(2))
+    one.tell(one.propose(), OK)
+    assert one.claim_confirmation()
+    assert not other.claim_confirmation()
+    assert other.confirmed_elsewhere
+    assert one.confirm({"entry": {}})
+    assert not other.claim_confirmation()
+    assert other.confirmation == {"entry": {}, "count": 1}
+    other.sync()
+    assert not other.confirmed_elsewhere
+    assert other.count == 1, "a confirmation is no trial"
+
+
+def test_a_dead_workers_confirmation_is_taken_over(workers):
+    asleep, awake = (workers(make_task(C=2560), trials=1) for _ in range(2))
+    asleep.tell(asleep.propose(), OK)
+    assert asleep.claim_confirmation()
+    fall_silent(asleep)
+    awake.sync()
+    wait_for(lambda: not awake.confirmed_elsewhere, awake)
+    assert awake.claim_confirmation()
+    assert not asleep.confirm({"entry": {"late": True}})
+    assert awake.confirm({"entry": {}})
+    assert asleep.confirmation == {"entry": {}, "count": 1}
+
+
+def test_brute_force_tries_every_configuration(storage):
+    search = Search(make_task("pre_bwd", C=2560), storage, 2, seed=0, sampler="brute-force")
+    tried = drain(search)
+    assert {config_key(cfg) for cfg in tried} == {config_key(cfg) for cfg in search._listed()}
+    assert len(tried) == search.trials
+
+
+def test_what_is_known_not_to_compile_is_stored_without_being_proposed(storage):
+    bad = Result("compile_error", reason="no layout", stage="compile")
+    key = config_key(make_task(C=2560).spec.default(make_task(C=2560).p))
+    search = Search(make_task(C=2560), storage, 100, seed=0, known=lambda k: bad if k == key else None)
+    assert config_key(search.propose()) != key
+    assert search.results[key][1] == bad
+
+
+def test_the_funnel_counts_every_configuration_of_the_space_once(storage):
+    search = Search(make_task("post_res", C=2560, arch="sm_90a"), storage, 100, seed=0)
+    results = {
+        "spills": Result("infeasible", rung="spills"),
+        "roofline": Result("infeasible", rung="roofline"),
+        "wrong": Result("wrong"),
+        "slow": Result("slow", 2.0),
+        "ok": OK,
+    }
+    for result in results.values():
+        search.tell(search.propose(), result)
+    funnel = search.funnel()
+    assert [funnel[name] for name in results] == [1] * len(results)
+    assert funnel["space"] - funnel["constraint"] == len(search._listed())
+    drain(search)
+    funnel = search.funnel()
+    assert sum(funnel.values()) == 2 * funnel["space"], "each came to one end"
+
+
+def test_hints_from_another_shape_come_with_this_shapes_held_knobs(storage):
+    search = Search(make_task("pre_bwd", C=2560), storage, 8, seed=0, hints=lambda: [{"block_C": 1024, "threads": 32}])
+    assert drain(search)[1] == {"block_C": 1024, "threads": search.default["threads"]}
+
+
+def test_an_order_survives_the_storage():
+    order = Order(make_task("post_res", C=2560, arch="sm_90a"), 7, EFFORT, 3, "gp")
+    stored = json.loads(json.dumps(order.as_attr()))
+    assert Order.from_attr(stored) == order
+    assert Order.from_attr(stored).task.key == order.task.key

@@ -1,4 +1,9 @@
-"""tuner/writer.py: entries merged with the file that is there."""
+"""tuner/writer.py: entries merged with the file that is there, also where several write it, and where one is killed."""
+
+import os
+import random
+import signal
+import time
 
 import pytest
 
@@ -8,7 +13,7 @@ from tests.tuner.conftest import HARDWARE
 from tl_kernels import KERNELS
 from tuner.errors import TuneError
 from tuner.hardware import Hardware
-from tuner.writer import ProfileWriter, make_provenance
+from tuner.writer import ProfileWriter, check_writable, lock, make_provenance
 
 
 def entry(kernel="pre", C=1280, us=10.0, source_hash=None):
@@ -59,3 +64,114 @@ def test_a_folder_that_cannot_be_made_is_refused_before_tuning(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TuneError, match="cannot be written"):
         ProfileWriter(tmp_path / "file" / "cpu.yaml", HARDWARE)
+
+
+def test_checking_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "new" / "cpu.yaml")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_two_writers_keep_each_others_entries(tmp_path):
+    path = tmp_path / "cpu.yaml"
+    ProfileWriter(path, HARDWARE).add([entry(C=64), entry(C=128)], provenance())
+    first, second = ProfileWriter(path, HARDWARE), ProfileWriter(path, HARDWARE)
+    first.add([entry(C=1280, us=1.0), entry(C=128, us=1.0)], provenance())
+    second.add([entry(C=2560, us=2.0)], provenance())
+    first.add([entry(C=4096, us=3.0)], provenance())
+    found = {e.C: e.time_us for e in read_profile(path).entries}
+    assert found == {64: 10.0, 128: 1.0, 1280: 1.0, 2560: 2.0, 4096: 3.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu.yaml"]
+
+
+def test_what_another_run_wrote_on_another_device_is_not_overwritten(tmp_path):
+    path = tmp_path / "cpu.yaml"
+    mine, other = ProfileWriter(path, HARDWARE), Hardware(profile="cpu", name="Another CPU", arch="cpu")
+    ProfileWriter(path, other).add([entry(C=64)], provenance(other))
+    with pytest.raises(TuneError, match="another run wrote it meanwhile, on Another CPU"):
+        mine.add([entry()], provenance())
+    assert [e.C for e in read_profile(path).entries] == [64]
+
+
+def test_a_file_removed_in_mid_run_is_written_again_whole(tmp_path):
+    path = tmp_path / "cpu.yaml"
+    ProfileWriter(path, HARDWARE).add([entry(C=64)], provenance())
+    writer = ProfileWriter(path, HARDWARE)
+    path.unlink()
+    writer.add([entry(C=128)], provenance())
+    assert [e.C for e in read_profile(path).entries] == [64, 128]
+
+
+def test_a_lock_that_stays_ends_in_one_line(tmp_path):
+    path = tmp_path / "cpu.yaml"
+    with (
+        lock(path),
+        pytest.raises(TuneError, match=r"another mhc-tune has been writing it .*\.cpu\.yaml\.lock is locked"),
+        lock(path, 0.05),
+    ):
+        pass
+    with lock(path):
+        pass
+
+
+def test_the_folder_is_synchronised_after_the_file_has_its_name(tmp_path, monkeypatch):
+    path, synced, fsync = tmp_path / "cpu.yaml", [], os.fsync
+
+    def watched(handle):
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        synced.append((os.path.basename(name), path.exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    ProfileWriter(path, HARDWARE).add([entry()], provenance())
+    (temporary, before), (folder, after) = synced
+    assert (temporary.endswith(".tmp"), before) == (True, False)
+    assert (folder, after) == (tmp_path.name, True)
+
+
+def in_child(body):
+    """The process id of a child that runs ``body``; it exits with 0 where that returns."""
+    child = os.fork()
+    if child == 0:
+        try:
+            body()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return child
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_writers_in_several_processes_lose_nothing(tmp_path):
+    path, about = tmp_path / "cpu.yaml", provenance()
+
+    def write(which):
+        writer = ProfileWriter(path, HARDWARE)
+        for k in range(6):
+            writer.add([entry(C=8 + 100 * which + 8 * k)], about)
+
+    children = [in_child(lambda which=which: write(which)) for which in range(4)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert len(read_profile(path).entries) == 24
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu.yaml"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_killed_writer_leaves_the_old_file_or_the_new_one_and_the_next_cleans_up(tmp_path):
+    path, about, dice = tmp_path / "cpu.yaml", provenance(), random.Random(0)
+    ProfileWriter(path, HARDWARE).add([entry(C=64)], about)
+
+    def write():
+        while True:
+            ProfileWriter(path, HARDWARE).add([entry(C=128)], about)
+
+    left = 0
+    for _ in range(40):
+        child = in_child(write)
+        time.sleep(dice.uniform(0.0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert {e.C for e in read_profile(path).entries} in ({64}, {64, 128})
+        left += len(list(tmp_path.iterdir())) > 1
+    assert left > 0, "no writer was killed at its work: the test proves nothing"
+    ProfileWriter(path, HARDWARE).add([entry(C=256)], about)
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu.yaml"]
