@@ -18,6 +18,7 @@ import torch
 
 from tuner.bench_entrant import Entrant, Spec, release
 from tuner.errors import one_line
+from tuner.orphan import end_with_parent
 from tuner.timing import Clock
 
 
@@ -86,6 +87,7 @@ def main(device: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
+    end_with_parent()
     worker: Worker | None = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -179,7 +179,7 @@ class Search:
             if row.key in self._asked:
                 self._tell_brain(row.key, row.result)
             else:
-                self._brain.add_trial(self._frozen(row.cfg, row.result))
+                self._teach_brain(row.cfg, row.result)
 
     def refresh(self) -> None:
         """While waiting for other workers: now and then read what they did, and take back what the dead among them held."""
@@ -306,6 +306,11 @@ class Search:
         self._brain.enqueue_trial(self.space.knobs_of(cfg))
         self._asked[config_key(cfg)] = self._brain.ask(self._distributions)
 
+    def _teach_brain(self, cfg: Config, result: Result) -> None:
+        """A result that the sampler did not ask for. One without its knobs (a default outside the space) would leave it none in common."""
+        if cfg in self.space:
+            self._brain.add_trial(self._frozen(cfg, result))
+
     def _tell_brain(self, key: str, result: Result | None) -> None:
         """The end of a configuration that the sampler knows to be under way; None: it came to nothing."""
         trial = self._asked.pop(key, None)
@@ -335,7 +340,7 @@ class Search:
         if key in self._asked:
             self._tell_brain(key, result)
         else:
-            self._brain.add_trial(self._frozen(cfg, result))
+            self._teach_brain(cfg, result)
 
     def withdraw(self, cfg: Config) -> None:
         """Give back a proposed configuration that will not be tried (out of time)."""

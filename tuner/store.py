@@ -84,7 +84,12 @@ class Store:
 
     def study(self, name: str) -> optuna.Study:
         """The study of that name, made where there is none."""
-        return self.call(optuna.create_study, study_name=name, storage=self.storage, load_if_exists=True)
+        study = self.call(optuna.create_study, study_name=name, storage=self.storage, load_if_exists=True)
+        if self.call(lambda: study.metric_names) is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.call(study.set_metric_names, ["time_us"])  # what the dashboard calls its axis
+        return study
 
     def create(self, study_id: int, template: FrozenTrial) -> int:
         """A new trial, as one transaction; its id. A RUNNING one is held, and lives, until :meth:`release`."""

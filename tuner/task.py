@@ -43,16 +43,21 @@ class Task:
         """Equal for tasks that compile the same programs, for any T."""
         p = self.p
         C = p.C if self.spec.has_channels else "any"
-        # options are part of the program, but only unusual ones need saying
-        unusual = [f"{name}={value}" for name, value in p.options if self.spec.options.get(name) != value]
-        device = (self.device or self.profile).replace("|", "/")
-        return "|".join(map(str, (self.kernel, p.n, C, p.dtype, *unusual, self.profile, device, self.spec.source_hash)))
+        return "|".join(map(str, (self.kernel, p.n, C, p.dtype, *self._unusual, self.profile, self._device, self.spec.source_hash)))
+
+    @property
+    def _unusual(self) -> list[str]:
+        """Options are part of the program, but only unusual ones need saying."""
+        return [f"{name}={value}" for name, value in self.p.options if self.spec.options.get(name) != value]
+
+    @property
+    def _device(self) -> str:
+        return (self.device or self.profile).replace("|", "/")
 
     @property
     def key(self) -> str:
-        """Stable name of the study; a changed kernel source starts a new one."""
-        rest, source_hash = self.program.rsplit("|", 1)
-        return f"{rest}|{self.T}|{source_hash}"
+        """Stable name of the study, for readers too (the dashboard lists it); a changed kernel source starts a new one."""
+        return "|".join((" ".join((self.label, *self._unusual)), self.profile, self._device, self.spec.source_hash))
 
     @property
     def label(self) -> str:

@@ -7,6 +7,7 @@ import sys
 from multiprocessing.connection import Connection
 
 from tuner.errors import one_line
+from tuner.orphan import end_with_parent
 
 
 class FatalError(Exception):
@@ -14,6 +15,7 @@ class FatalError(Exception):
 
 
 def main(read_fd: int, write_fd: int) -> None:
+    end_with_parent()
     jobs, results = Connection(read_fd, writable=False), Connection(write_fd, readable=False)
     results.send(("ready", None))
     while True:
