@@ -80,6 +80,7 @@ def work(request: WorkerRequest) -> int:
     console = make_console()
     # a study that came to nothing here is not begun again; somebody else may have more luck
     left_alone: set[str] = set()
+    worked = False
     with contextlib.closing(Store(open_storage(request.storage), request.storage)) as store:
         said: set[str] = set()
         shown = redacted(request.storage)
@@ -92,7 +93,7 @@ def work(request: WorkerRequest) -> int:
             said.update(stale)
             todo = [order for order in todo if order.task.key not in left_alone]
             if not todo and not request.wait:
-                if not left_alone and not said:
+                if not worked and not said:
                     console.print("no open study for this device", markup=False)
                 return 0
             if not todo:
@@ -102,6 +103,7 @@ def work(request: WorkerRequest) -> int:
                 except KeyboardInterrupt:
                     return INTERRUPTED
                 continue
+            worked = True
             with Display(console) as display:
                 pipeline = Pipeline(settings, todo, store, writer, display, devices, announce=False)
                 code = tune(pipeline)
