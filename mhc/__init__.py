@@ -1,24 +1,28 @@
 """Manifold-Constrained Hyper-Connections (arXiv 2512.24880): modules and operators over TileLang kernels tuned per GPU.
 
 ``HyperConnection`` wraps a layer, ``chain`` runs a list of them, ``expand`` and ``HyperHead`` (or ``reduce_mean``, ``reduce_sum``) stand at
-the two ends of the model, ``load_profile`` picks a tuned profile by path or name, ``use_backend`` an implementation. The operators are in
-``torch.ops.mhc``. Importing this package does not import TileLang; the first kernel call does.
+the two ends of the model, ``load_profile`` picks a tuned profile by path or name, ``load_bundle`` a folder of compiled kernels,
+``use_backend`` an implementation. The operators are in ``torch.ops.mhc``. Importing this package does not import TileLang; the first kernel
+call does, unless a bundle has the kernel.
 """
 
 from mhc import ops
 from mhc.backend import use_backend
+from mhc.bundle import BundleError, load_bundle
 from mhc.chain import chain
 from mhc.head import HyperHead, reduce_mean, reduce_sum
 from mhc.module import Context, HyperConnection, expand
 from mhc.profile import ProfileError, load_profile, read_profile
 
 __all__ = [
+    "BundleError",
     "Context",
     "HyperConnection",
     "HyperHead",
     "ProfileError",
     "chain",
     "expand",
+    "load_bundle",
     "load_profile",
     "ops",
     "read_profile",

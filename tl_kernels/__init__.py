@@ -1,13 +1,13 @@
 """The TileLang programs of mHC, each with its spec. ``KERNELS`` maps a name to a :class:`~tl_kernels.spec.Kernel`.
 
-Importing a program imports TileLang; importing this package does not.
+Importing a program imports TileLang, unless that was put off (tl_kernels/deferred.py); importing this package does not.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 
+from tl_kernels import deferred
 from tl_kernels.spec import Kernel
 
 #: The steps of the paper, in the order a boundary runs them; a backward stands in its forward's file.
@@ -32,7 +32,7 @@ class _Registry(Mapping[str, Kernel]):
     def __getitem__(self, name: str) -> Kernel:
         if name not in NAMES:
             raise KeyError(f"no kernel {name!r}; there are {', '.join(NAMES)}")
-        return getattr(importlib.import_module(f"tl_kernels.{name.removesuffix('_bwd')}"), name)
+        return getattr(deferred.load(f"tl_kernels.{name.removesuffix('_bwd')}"), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(NAMES)

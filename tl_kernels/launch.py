@@ -6,6 +6,7 @@ loads them in milliseconds, also when the first had no GPU.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -26,6 +27,16 @@ _LOCK = threading.Lock()
 # Tracing a program, and lowering one for CUDA, parses Python source. In Python 3.11 two threads that parse at once can fail ("AST
 # constructor recursion depth mismatch"); to compile several at once take processes.
 _PARSING = threading.Lock()
+
+#: ``(kernel, problem, config, target)`` -> what takes the program's tensors, or None where it is to be compiled.
+Ready = Callable[[Kernel, Problem, Config, str], Callable[..., Any] | None]
+_ready: Ready | None = None
+
+
+def look_first(ready: Ready) -> None:
+    """Ask ``ready`` for every program from now on, and compile only what it has not."""
+    global _ready
+    _ready = ready
 
 
 def device_arch(device: torch.device) -> str:
@@ -60,11 +71,10 @@ class Launcher:
 
     def __init__(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> None:
         self.kernel, self.p, self.cfg, self.target = kernel, p, dict(cfg), target
-        self.jit = compile_kernel(kernel, p, cfg, target)
         # bfloat16 is stored as float32 on the CPU target
         self._as_float = target == "cpu" and p.dtype == "bfloat16"
-        # the bare executable: JITKernel.__call__ costs 4 us more
-        self._call = self.jit if target == "cpu" else self.jit.adapter.get_exportable_executable()
+        ready = _ready(kernel, p, cfg, target) if _ready else None
+        self._call = self._compiled() if ready is None else ready
         self._allocate = [self._plan(t) for t in kernel.outputs]
         self._partial = any(t.partial for t in kernel.outputs)
         self._sums = [i for i, t in enumerate(kernel.outputs) if t.partial or t.split]
@@ -72,6 +82,15 @@ class Launcher:
         self._T = next(((i, t.token_dim) for i, t in enumerate(kernel.inputs) if t.token_dim is not None), None)
         self._scratch = kernel.scratch(p, cfg) if kernel.scratch else 0
         self._flat = [i for i, t in enumerate((*kernel.inputs, *kernel.outputs)) if t.flat]
+
+    @functools.cached_property
+    def jit(self) -> Any:
+        """The TileLang JITKernel; compiled when asked for where the program was ready."""
+        return compile_kernel(self.kernel, self.p, self.cfg, self.target)
+
+    def _compiled(self):
+        # the bare executable: JITKernel.__call__ costs 4 us more
+        return self.jit if self.target == "cpu" else self.jit.adapter.get_exportable_executable()
 
     def _plan(self, tensor):
         splits = self.cfg["splits"] if tensor.partial or tensor.split else 1

@@ -42,6 +42,10 @@ EPILOG = """Examples:
 
   mhc-tune --storage postgresql://user@host/tuning  (a study that others join, with mhc-tune worker)
 
+  mhc-tune check --static  (without a GPU: do the tuned programs still compile to the same instructions?)
+
+  mhc-tune compile --gpu h100 -o bundle  (ship compiled kernels; needs no GPU)
+
   mhc-tune bench --help  (measure what was tuned, against its rivals)
 
   mhc-tune explain post_res 8192x4x2560 --gpu h100  (why this configuration, and how sure)
@@ -296,6 +300,108 @@ def explain(
     raise typer.Exit(run_explain(ExplainRequest(kernel, shape, dtype, profile, gpu, unseen)))
 
 
+COMPILE_HELP = """Compile every program of a profile into a bundle, a folder that training code loads instead of compiling. Needs no GPU.
+
+The bundle holds a shared library for each program (host code, and the code of its GPU) and manifest.json: architecture, releases of what
+compiled it, hashes. It is used by `MHC_BUNDLE=bundle/ python train.py`, or mhc.load_bundle("bundle/"): no compiler is needed there, and
+what does not fit (another architecture, release of TileLang or version of a kernel, a damaged file) is said and compiled there instead.
+Shapes that the profile does not name are compiled there too.
+
+Exit codes: 0 everything was compiled, 1 something was not (named; the bundle holds the rest), 2 the command line or a file must be mended,
+130 interrupted. The folder is replaced as a whole at the end, or left as it was.
+"""
+
+COMPILE_EPILOG = """Examples:
+
+  mhc-tune compile --gpu h100 -o bundle  (the packaged profile of that GPU)
+
+  mhc-tune compile --profile out/h100.yaml -o bundle --jobs 8
+
+  mhc-tune compile --gpu h100 --kernels pre,post_res -o bundle  (only these; others are compiled where they run)
+"""
+
+
+@app.command("compile", help=COMPILE_HELP, epilog=COMPILE_EPILOG)
+def compile_profile(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: new, or a bundle to replace.", show_default=False)],
+    gpu: Annotated[str | None, typer.Option(help="The packaged profile of this GPU (h100, cpu, ...).")] = None,
+    profile: Annotated[str | None, typer.Option(help="Profile, a path or a packaged name, instead of that of --gpu.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Kernels, separated by commas. Default: all.", metavar="A,B")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compile processes. Default: every core.")] = None,
+) -> None:
+    from tuner.bundle import CompileRequest, compile_bundle
+
+    raise typer.Exit(compile_bundle(CompileRequest(gpu, output, profile, kernels, jobs, _command())))
+
+
+CHECK_HELP = """Check that what a profile ships has not become slower, for CI.
+
+--static needs no GPU: every distinct program of the profile is lowered and compiled for its architecture, and its fingerprint (registers,
+stack, shared memory, code size; width of every load and store, copies, matrix instructions, local memory, barriers) is compared with the
+committed one, configs/<gpu>.fingerprints.json. A spill, a narrower access, more traffic, another matrix instruction, more shared memory or
+less occupancy fails; other changes are noted. It needs nvcc and `pip install nvidia-cuda-nvdisasm`.
+
+Another release of nvcc than the committed fingerprints': what it made worse is a warning, unless --strict. A change that is meant is
+committed with --update.
+
+Exit codes: 0 the same or better, 1 regressed, or a program has no committed fingerprint, 2 the command line or a file must be mended,
+3 a program could not be compiled (and none regressed), 130 interrupted.
+"""
+
+CHECK_EPILOG = """Examples:
+
+  mhc-tune check --static  (every program of the profile, 83 for the H100: three minutes on two cores; TileLang keeps what it compiled)
+
+  mhc-tune check --static --kernels pre,post_res --shapes 8192x4x2560  (a sample)
+
+  mhc-tune check --static --junit check.xml --summary "$GITHUB_STEP_SUMMARY"  (in a workflow)
+
+  mhc-tune check --static --update  (accept what is now)
+"""
+
+
+@app.command("check", help=CHECK_HELP, epilog=CHECK_EPILOG)
+def check(
+    gpu: Annotated[str, typer.Option(help="GPU whose packaged profile to check. auto: this machine's, or the only one there is.")] = "auto",
+    profile: Annotated[str | None, typer.Option(help="Profile, a path or a packaged name, instead of --gpu's.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="Compile and compare fingerprints; no GPU is needed.")] = False,
+    kernels: Annotated[str | None, typer.Option(help="Kernels, separated by commas. Default: all.", metavar="A,B")] = None,
+    workloads: Annotated[str | None, typer.Option(help="Workloads, separated by commas. Default: all.", metavar="A,B")] = None,
+    shapes: Annotated[str | None, typer.Option(help="Shapes of entries, separated by commas. Default: all.", metavar="TxnxC,..")] = None,
+    fingerprints: Annotated[
+        Path | None, typer.Option(help="Committed fingerprints. Default: <profile>.fingerprints.json beside it.", metavar="PATH")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write the fingerprints that were found; nothing regresses then.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Regressions by another nvcc count too.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compile processes. Default: every core.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write everything as JSON.", metavar="PATH")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML.", metavar="PATH")] = None,
+    summary: Annotated[Path | None, typer.Option(help="Also write Markdown, for a pull request.", metavar="PATH")] = None,
+) -> None:
+    if not static:
+        from tuner.hardware import resolve
+
+        here = "there is no GPU here" if resolve("auto").is_cpu else "measuring is not there yet"
+        raise TuneError(f"check: {here}; to compile and compare without one: mhc-tune check --static")
+    from tuner.static_check import StaticRequest, static_check
+
+    request = StaticRequest(
+        gpu=gpu,
+        profile=profile,
+        fingerprints=fingerprints,
+        kernels=kernels,
+        workloads=workloads,
+        shapes=shapes,
+        jobs=jobs,
+        update=update,
+        strict=strict,
+        json=json,
+        junit=junit,
+        summary=summary,
+    )
+    raise typer.Exit(static_check(request))
+
+
 DASHBOARD_HELP = """Look at the studies of a tuning run, also while it runs: optuna-dashboard on its storage, at http://127.0.0.1:8080/dashboard.
 
 Served to this machine only (from elsewhere: ssh -L 8080:127.0.0.1:8080), and for looking only: nothing there can change a study.
@@ -351,6 +457,35 @@ def worker(
         command=_command(),
     )
     raise typer.Exit(work(request))
+
+
+REPORT_HELP = """Turn results into one HTML page: against rivals, roofline, tuned against default, history over commits, provenance.
+
+Read are results/<gpu>/ (bench.json, decode/bench.json, tune*.json, replay.json, check*.json) and the profiles; in a git checkout also
+the results of earlier commits. Nothing is measured; what is missing is said on the page. It needs no network, no script, no other file.
+"""
+
+REPORT_EPILOG = """Examples:
+
+  mhc-tune report  (of results/, to results/report.html)
+
+  mhc-tune report --results /tmp/mine -o /tmp/mine.html
+
+  mhc-tune report --readme  (only print the README's tables)
+"""
+
+
+@app.command("report", help=REPORT_HELP, epilog=REPORT_EPILOG)
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of results, with a folder a GPU.")] = Path("results"),
+    profiles: Annotated[Path | None, typer.Option(help="Folder of profiles. Default: the packaged ones.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write. Default: report.html in --results.")] = None,
+    readme: Annotated[bool, typer.Option("--readme", help="Write nothing: print the README's tables.")] = False,
+) -> None:
+    from tuner.report import ReportRequest, run_report
+
+    out = results / "report.html" if output is None else output
+    raise typer.Exit(run_report(ReportRequest(results, profiles, out, readme, _command())))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from tuner.study import Config, Study
 from tuner.task import config_key
 from tuner.workers import WorkerPool
 
-_ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TILELANG_PRINT_ON_COMPILATION": "0", STORAGE_VARIABLE: ""}
+_ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TILELANG_PRINT_ON_COMPILATION": "0", STORAGE_VARIABLE: "", "MHC_BUNDLE": ""}
 
 
 class Compiling:

@@ -17,7 +17,7 @@ from tuner.study import Config, Study
 from tuner.workers import WorkerPool
 
 # OpenMP threads that spin lose their core on a busy machine, and then a 20 us cast takes a scheduler's quantum of 8 ms
-_ENV = {"TILELANG_PRINT_ON_COMPILATION": "0", "OMP_WAIT_POLICY": "passive", STORAGE_VARIABLE: ""}
+_ENV = {"TILELANG_PRINT_ON_COMPILATION": "0", "OMP_WAIT_POLICY": "passive", STORAGE_VARIABLE: "", "MHC_BUNDLE": ""}
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from tl_kernels import KERNELS
 from tl_kernels.launch import Launcher
 from tuner import measure_job as module
+from tuner.confirm import rounds_needed
 from tuner.device_lock import DeviceBusy, hold
 from tuner.device_state import State, Watch
-from tuner.confirm import rounds_needed
 from tuner.effort import Effort
 from tuner.measure_job import GPU_GONE, confirm_job, copy_job, measure_job
 from tuner.timing import Clock

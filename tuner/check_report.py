@@ -1,0 +1,141 @@
+"""What a check found: as a table on the terminal, JSON, JUnit XML for a CI server, and Markdown for a pull request."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mhc.files import replace_file
+from tuner.errors import TuneError, printable
+
+#: The worst first: label -> style, and whether it fails the check.
+VERDICTS = {
+    "regressed": ("red", True),
+    "not compiled": ("red", True),
+    "uncovered": ("red", True),
+    "warned": ("yellow", False),
+    "better": ("green", False),
+    "noted": ("", False),
+    "same": ("dim", False),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program: ``findings`` in words, the worst first; ``data`` goes into the JSON as it is."""
+
+    kernel: str
+    name: str
+    verdict: str
+    findings: tuple[str, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole check. ``notes``: what holds for all rows, a sentence each."""
+
+    title: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Verdict -> programs, the worst first; those of none left out."""
+        found = Counter(row.verdict for row in self.rows)
+        return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+
+    @property
+    def headline(self) -> str:
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items())
+        return f"{self.title}: {len(self.rows)} programs, {counts or 'nothing to compare'}"
+
+    @property
+    def moved(self) -> list[Row]:
+        """All that is not the same, the worst first."""
+        order = list(VERDICTS)
+        return sorted((row for row in self.rows if row.verdict != "same"), key=lambda row: order.index(row.verdict))
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The rows that moved, and the counts."""
+    if report.moved:
+        table = Table(title_justify="left", pad_edge=False)
+        table.add_column("program", overflow="fold")
+        table.add_column("verdict", no_wrap=True)
+        table.add_column("what changed", overflow="fold")
+        for row in report.moved:
+            table.add_row(escape(row.name), escape(row.verdict), escape("\n".join(row.findings)), style=VERDICTS[row.verdict][0])
+        console.print(table)
+    for note in report.notes:
+        console.print(escape(note), soft_wrap=True)
+    console.print(escape(report.headline), soft_wrap=True)
+
+
+def json_text(report: Report, exit_code: int) -> str:
+    rows = [
+        {"kernel": row.kernel, "program": row.name, "verdict": row.verdict, "findings": list(row.findings), **row.data}
+        for row in report.rows
+    ]
+    whole = {"title": report.title, "exit_code": exit_code, "counts": report.counts, "notes": list(report.notes), "programs": rows}
+    return json.dumps(whole, indent=1) + "\n"
+
+
+def junit_text(report: Report) -> str:
+    """A test case a program: what fails the check is a failure, what did not compile an error."""
+    failing = sum(count for verdict, count in report.counts.items() if VERDICTS[verdict][1])
+    errors = report.counts.get("not compiled", 0)
+    attributes = {"tests": str(len(report.rows)), "failures": str(failing - errors), "errors": str(errors)}
+    root = ET.Element("testsuites", attributes)
+    suite = ET.SubElement(root, "testsuite", {"name": report.title, **attributes})
+    for row in report.rows:
+        case = ET.SubElement(suite, "testcase", {"classname": row.kernel, "name": row.name, "time": f"{row.seconds:.3f}"})
+        # a control character is no XML, not even escaped
+        text = "\n".join(map(printable, row.findings))
+        if VERDICTS[row.verdict][1]:
+            tag = "error" if row.verdict == "not compiled" else "failure"
+            ET.SubElement(case, tag, {"message": printable(text), "type": row.verdict}).text = text
+        elif text:
+            ET.SubElement(case, "system-out").text = f"{row.verdict}: {text}"
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def markdown_text(report: Report) -> str:
+    """Short enough for a comment: a table of what moved."""
+    failed = any(VERDICTS[verdict][1] for verdict in report.counts)
+    lines = [f"### {'Failed' if failed else 'Passed'}: {_cell(report.headline)}", ""]
+    if report.moved:
+        lines += ["| program | verdict | what changed |", "| --- | --- | --- |"]
+        lines += [f"| {_cell(row.name)} | {row.verdict} | {'<br>'.join(map(_cell, row.findings))} |" for row in report.moved]
+        lines.append("")
+    lines += [f"{_cell(note)}\n" for note in report.notes]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text as it is: nothing in it is markup, and no column ends in it."""
+    text = printable(text)
+    for character in "\\`*_|[]":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def write_reports(report: Report, exit_code: int, json_path: Path | None, junit: Path | None, summary: Path | None) -> None:
+    """Write those that have a path. Raises :class:`TuneError`."""
+    wanted = (("--json", json_path, json_text(report, exit_code)), ("--junit", junit, junit_text(report)))
+    for option, path, text in (*wanted, ("--summary", summary, markdown_text(report))):
+        if path is None:
+            continue
+        try:
+            replace_file(path, text)
+        except OSError as e:
+            raise TuneError(f"{option} {path}: cannot be written: {e.strerror or e}") from None

@@ -1,0 +1,260 @@
+"""``mhc-tune check --static``: compile what a profile ships and compare it with the committed fingerprints; no GPU is needed.
+
+Every distinct program of the profile is compiled once for the profile's architecture, in processes that can be killed. When a change of a
+fingerprint is a regression is tuner/fingerprint_rules.py's word.
+
+Another toolchain than the committed fingerprints': TileLang's release is pinned in pyproject.toml, so another one is a change of this
+repository, on trial like any other. nvcc is whatever the machine has: what another release of it made is compared and shown all the same,
+but as a warning, or a laptop with a newer CUDA would fail every commit for what none of them did. ``--strict`` makes it count, for who is
+about to change the compiler that ships.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mhc.profile import ProfileError, _reason_against, packaged_dir, packaged_names, read_profile
+from mhc.schema import Entry, Profile
+from tl_kernels import KERNELS, NAMES
+from tl_kernels.spec import Kernel, Problem
+from tuner.check_report import Report, Row, print_report, write_reports
+from tuner.display import duration
+from tuner.errors import TuneError, unknown
+from tuner.explain import PLAIN_WIDTH, Shape, parse_shape
+from tuner.fingerprint import Fingerprint, Fingerprints, fingerprint_job, fingerprints_path, read_fingerprints, write_fingerprints
+from tuner.fingerprint_rules import compare
+from tuner.hardware import Hardware, find_compiler
+from tuner.plan import pick_kernels, pick_workloads, split_names
+from tuner.sass import find_nvdisasm
+from tuner.workers import WorkerError, WorkerPool
+from tuner.workloads import Workload, WorkloadError, load_workloads
+
+SAME, REGRESSED, NOT_COMPILED = 0, 1, 3
+
+
+@dataclass(frozen=True)
+class StaticRequest:
+    """The command line as typed; None means the default."""
+
+    gpu: str = "auto"
+    profile: str | None = None
+    fingerprints: Path | None = None
+    kernels: str | None = None
+    workloads: str | None = None
+    shapes: str | None = None
+    jobs: int | None = None
+    update: bool = False
+    strict: bool = False
+    json: Path | None = None
+    junit: Path | None = None
+    summary: Path | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the profile is left out."""
+        return self.kernels is None and self.workloads is None and self.shapes is None
+
+
+@dataclass(frozen=True)
+class Program:
+    """One distinct program of a profile; ``why_not``: why it cannot be compiled as the kernels now are, or None."""
+
+    name: str
+    kernel: Kernel
+    p: Problem
+    config: dict[str, Any]
+    why_not: str | None
+    stale: bool
+
+
+def find_profile(gpu: str, profile: str | None) -> tuple[str, Path]:
+    """The name and file of the profile to check: the one named, this machine's GPU's, or the only one of a GPU that is packaged."""
+    if profile is not None:
+        if gpu != "auto":
+            raise TuneError("--profile and --gpu: got both, wanted one of them")
+        path = Path(profile) if os.sep in profile or profile.endswith((".yaml", ".yml")) else packaged_dir() / f"{profile}.yaml"
+        return profile, path
+    names = [name for name in packaged_names() if name != "cpu"]
+    wanted = gpu.strip().lower()
+    if wanted == "auto":
+        from tuner.hardware import resolve
+
+        here = resolve("auto").profile
+        if here not in names and len(names) != 1:
+            raise TuneError(f"--gpu auto: got no GPU with a profile, wanted one of {', '.join(names) or 'none'}")
+        wanted = here if here in names else names[0]
+    if wanted not in names:
+        raise unknown("--gpu", wanted, names)
+    return wanted, packaged_dir() / f"{wanted}.yaml"
+
+
+def programs_of(profile: Profile, request: StaticRequest) -> list[Program]:
+    """The distinct programs of a profile's entries, those of the filters, in the profile's order. Raises :class:`TuneError`."""
+    from tuner.bench_compile import describe
+
+    kernels = pick_kernels(split_names(request.kernels))
+    keep = _filter(request)
+    found: dict[str, Program] = {}
+    for entry in profile.entries:
+        if entry.kernel not in NAMES:
+            raise TuneError(f"entry of {entry.kernel!r}: unknown kernel (there are {', '.join(NAMES)})")
+        if entry.kernel not in kernels or entry.impl == "reference" or not keep(entry):
+            continue
+        kernel = KERNELS[entry.kernel]
+        p = kernel.problem(entry.n, entry.C, entry.dtype)
+        name = describe((kernel, p, entry.config))
+        if name not in found:
+            why_not = _reason_against(kernel, p, entry.config, kernel.default(p))
+            found[name] = Program(name, kernel, p, dict(entry.config), why_not, entry.source_hash != kernel.source_hash)
+    if not found:
+        raise TuneError("--kernels, --workloads, --shapes: got filters that no entry of the profile passes, wanted one that does")
+    return list(found.values())
+
+
+def _filter(request: StaticRequest) -> Callable[[Entry], bool]:
+    workloads: Iterable[Workload] | None = None
+    if request.workloads is not None:
+        try:
+            workloads = pick_workloads(split_names(request.workloads), load_workloads())
+        except WorkloadError as e:
+            raise TuneError(f"--workloads: {e}") from None
+    shapes = None if request.shapes is None else [parse_shape(text, "--shapes") for text in request.shapes.split(",")]
+
+    def keep(entry: Entry) -> bool:
+        # a program without C in it, or without T, has an entry at every C, or one at some T
+        of_model = workloads is None or any((w.n, w.C, w.dtype) == (entry.n, entry.C, entry.dtype) for w in workloads)
+        return of_model and (shapes is None or any(_fits(shape, entry) for shape in shapes))
+
+    return keep
+
+
+def _fits(shape: Shape, entry: Entry) -> bool:
+    return (shape.n, shape.C) == (entry.n, entry.C) and (entry.tokens == shape.T or not KERNELS[entry.kernel].has_tokens)
+
+
+def static_check(request: StaticRequest, console: Console | None = None) -> int:
+    """Compile, compare, print and write. Returns the exit code; raises :class:`TuneError` for what the user can mend."""
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = max(console.width, PLAIN_WIDTH)
+    name, path = find_profile(request.gpu, request.profile)
+    try:
+        profile = read_profile(path)
+    except ProfileError as e:
+        raise TuneError(str(e)) from None
+    arch = profile.provenance.arch
+    if arch == "cpu":
+        raise TuneError(f"{path}: got a profile of a CPU, wanted one of a GPU: g++'s programs have no fingerprint")
+    file = request.fingerprints or fingerprints_path(path)
+    committed = _committed(file, arch, request.update)
+    programs = programs_of(profile, request)
+    find_compiler(Hardware(profile=name, name=profile.provenance.gpu, arch=arch))
+    find_nvdisasm()
+    compiled = _compile(programs, arch, request.jobs, console)
+    rows = [_row(program, committed.programs.get(program.name), compiled[program.name], arch, request.strict) for program in programs]
+    report = Report(f"{path.stem}, {arch}", tuple(rows), _notes(programs, committed, compiled, request))
+    verdicts = report.counts
+    failed = "regressed" in verdicts or "uncovered" in verdicts
+    code = NOT_COMPILED if "not compiled" in verdicts else SAME
+    code = REGRESSED if failed and not request.update else code
+    print_report(report, console)
+    if request.update:
+        fresh = {program: found for program, (found, _) in compiled.items() if isinstance(found, Fingerprint)}
+        # what did not compile keeps what it had, as does what was not looked at
+        kept = {p: f for p, f in committed.programs.items() if p in compiled or not request.is_whole}
+        write_fingerprints(file, Fingerprints(arch=arch, programs={**kept, **fresh}))
+        console.print(escape(f"wrote {len(fresh)} of {len(kept | fresh)} fingerprints to {file}"), soft_wrap=True)
+    write_reports(report, code, request.json, request.junit, request.summary)
+    return code
+
+
+def _committed(file: Path, arch: str, update: bool) -> Fingerprints:
+    if update and not file.exists():
+        return Fingerprints(arch=arch, programs={})
+    committed = read_fingerprints(file)
+    if committed.arch != arch:
+        raise TuneError(f"{file}: got fingerprints of {committed.arch}, wanted those of the profile's {arch}")
+    return committed
+
+
+Compiled = dict[str, tuple["Fingerprint | str", float]]
+
+
+def _compile(programs: Sequence[Program], arch: str, jobs: int | None, console: Console) -> Compiled:
+    """Program -> its fingerprint, or on one line why there is none; and the seconds it took."""
+    from tuner.bench_compile import COMPILE_S, ENVIRONMENT, POLL_S, cores
+
+    found: Compiled = {program.name: (program.why_not, 0.0) for program in programs if program.why_not}
+    todo = [program for program in programs if not program.why_not]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    start = time.monotonic()
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        WorkerPool(max(1, min(jobs or cores(), len(todo))), env=ENVIRONMENT, nice=10) as pool,
+    ):
+        bar = progress.add_task("compiling", total=len(todo))
+        waiting: dict[Future[Any], Program] = {}
+        for program in todo:
+            waiting[pool.submit(fingerprint_job, program.kernel.name, program.p, program.config, arch, timeout=COMPILE_S)] = program
+        while waiting:
+            done, _ = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            for future in done:
+                program = waiting.pop(future)
+                try:
+                    result = future.result()
+                    seconds = result.pop("seconds")
+                    found[program.name] = Fingerprint(**result), seconds
+                except WorkerError as e:
+                    found[program.name] = str(e), 0.0
+                progress.advance(bar)
+                if not console.is_terminal:  # a CI log: say that it lives
+                    took = time.monotonic() - start
+                    console.print(escape(f"[{len(todo) - len(waiting)}/{len(todo)}] {duration(took)} {program.name}"), soft_wrap=True)
+    return found
+
+
+def _row(program: Program, was: Fingerprint | None, compiled: tuple[Fingerprint | str, float], arch: str, strict: bool) -> Row:
+    now, seconds = compiled
+    if isinstance(now, str):
+        return Row(program.kernel.name, program.name, "not compiled", (now,), {"was": was and was.model_dump(), "now": None}, seconds)
+    data = {"was": was and was.model_dump(), "now": now.model_dump()}
+    if was is None:
+        why = "no committed fingerprint: mhc-tune check --static --update writes it"
+        return Row(program.kernel.name, program.name, "uncovered", (why,), data, seconds)
+    findings = compare(was, now, arch)
+    verdict: str = findings[0].level if findings else "same"
+    texts = [finding.text for finding in findings]
+    if findings and was.nvcc != now.nvcc:
+        texts.append(f"by nvcc {now.nvcc}, committed by {was.nvcc}")
+        verdict = "warned" if verdict == "regressed" and not strict and was.tilelang == now.tilelang else verdict
+    return Row(program.kernel.name, program.name, verdict, tuple(texts), data, seconds)
+
+
+def _notes(programs: Sequence[Program], committed: Fingerprints, compiled: Compiled, request: StaticRequest) -> tuple[str, ...]:
+    notes = []
+    pairs = [(committed.programs[name], now) for name, (now, _) in compiled.items() if name in committed.programs]
+    both = [(was, now) for was, now in pairs if isinstance(now, Fingerprint)]
+    for what, counts in (("nvcc", request.strict), ("tilelang", True)):
+        others = sorted({(getattr(was, what), getattr(now, what)) for was, now in both if getattr(was, what) != getattr(now, what)})
+        if others:
+            changes = ", ".join(f"{old} -> {new}" for old, new in others)
+            note = f"toolchain: {what} {changes}"
+            notes.append(note if counts else f"{note}; what it made worse is a warning (--strict makes it count)")
+    stale = sum(program.stale for program in programs)
+    if stale:
+        notes.append(f"{stale} programs come from entries tuned for another version of their kernel; `import mhc` does not use them")
+    gone = committed.programs.keys() - {program.name for program in programs}
+    if gone and request.is_whole:
+        notes.append(f"{len(gone)} fingerprints are of programs that the profile no longer has; --update drops them")
+    return tuple(notes)
