@@ -337,7 +337,7 @@ def _commits(name: str, device: Device) -> Section:
     if device.bench is None:
         return Section(name, title, missing=("no bench.json",))
     entry = device.bench.data.shapes[0]
-    found = history(device.bench.path, entry)
+    found = history(device.bench.path, entry, device.bench.data)
     if found.why_not:
         return Section(name, title, missing=(found.why_not, *found.skipped))
     intro = (
@@ -345,7 +345,7 @@ def _commits(name: str, device: Device) -> Section:
         "is the fastest that was installed for that run and agreed with float64."
     )
     lines = [
-        f"{point.commit} of {point.committed[:10]}: "
+        f"{point.commit} of {(point.committed or point.measured)[:10]}: "
         + ", ".join(f"{TITLES[p]} {series} {us:.0f}" for (p, series), us in point.times.items())
         for point in found.points
     ]

@@ -15,6 +15,7 @@ from tuner.bench_case import PASSES
 from tuner.errors import TuneError, one_line
 from tuner.report_read import Bench, ShapeResult, parse
 
+UNCOMMITTED = "not committed"
 #: At most so many commits, the latest.
 MOST_COMMITS = 200
 TIMEOUT_S = 30
@@ -26,7 +27,7 @@ SERIES = (OURS, CHAINED, RIVAL, FLOOR)
 
 @dataclass(frozen=True)
 class Point:
-    """One committed measurement: us a boundary by (pass, series), for what was measured."""
+    """One measurement: us a boundary by (pass, series), for what was measured. ``committed``: a date, empty where it is not."""
 
     commit: str
     committed: str
@@ -102,8 +103,11 @@ def read_point(text: str, name: str, wanted: ShapeResult, commit: tuple[str, str
     return None
 
 
-def history(path: Path, wanted: ShapeResult) -> History:
-    """Of the result at ``path``. Never raises: a version that is malformed is named, no checkout is said."""
+def history(path: Path, wanted: ShapeResult, now: Bench | None = None) -> History:
+    """Of the result at ``path``, whose content, where it is not committed yet, is the last point: ``now``, which has the ``wanted`` shape.
+
+    Never raises: a version that is malformed is named, no checkout is said.
+    """
     commits: list[tuple[str, str, str, str]] = []
     try:
         for name in (path.name, OLD_NAME):
@@ -123,5 +127,7 @@ def history(path: Path, wanted: ShapeResult) -> History:
             continue
         if point is not None:
             points.setdefault(point.measured, point)  # the same measurement, committed again
+    if now is not None and now.date not in points:
+        points[now.date] = Point(UNCOMMITTED, "", now.date, "", wanted.copy_gbps, times_of(wanted, now.kind))
     why_not = "" if points else "no committed result of this shape"
     return History(tuple(points.values()), why_not, tuple(skipped))

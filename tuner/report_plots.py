@@ -305,7 +305,7 @@ def over_commits(points: Sequence[Point], width: float) -> Any:
                 axis.plot(range(len(points)), values, marker=mark, color=COLORS[color], linestyle=line, label=series)
         step = max(1, math.ceil(len(points) / (3 if narrow else 6)))
         shown = range(0, len(points), step)
-        axis.set_xticks(list(shown), [f"{label(points[i].commit)}\n{points[i].committed[:10]}" for i in shown])
+        axis.set_xticks(list(shown), [f"{label(points[i].commit)}\n{(points[i].committed or points[i].measured)[:10]}" for i in shown])
         axis.set_xlim(-0.3, len(points) - 0.7)
         axis.set_ylim(bottom=0)
         axis.set_title(TITLES[p])

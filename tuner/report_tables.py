@@ -241,7 +241,14 @@ def commits(found: History) -> Table:
         times = [point.times.get((p, s)) for p in PASSES for s in SERIES]
         texts = [NOTHING if t is None else f"{t:.0f}" for t in times]
         rows.append(
-            _row(point.commit, point.committed[:16].replace("T", " "), point.measured, point.subject, f"{point.copy_gbps:.0f}", *texts)
+            _row(
+                point.commit,
+                point.committed[:16].replace("T", " ") or NOTHING,
+                point.measured,
+                point.subject,
+                f"{point.copy_gbps:.0f}",
+                *texts,
+            )
         )
     return Table(head, rows, 4, list(found.skipped))
 

@@ -446,6 +446,10 @@ def test_history_reads_every_committed_measurement(tmp_path):
         ("day 1", "commit 0 <b>"),
         ("day 2", "commit 2 <b>"),
     ]
+    now = parse(Bench, json.dumps(result(date="today")), "bench.json").data
+    assert [(p.commit, p.measured) for p in history(path, wanted, now).points][-1] == ("not committed", "today")
+    committed = parse(Bench, json.dumps(result(date="day 2")), "bench.json").data
+    assert history(path, wanted, committed) == found
     points = {p.measured: p for p in found.points}
     assert points["day 1"].times["forward", OURS] == 300.0
     assert points["day 1"].copy_gbps == 2999.0
