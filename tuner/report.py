@@ -87,17 +87,16 @@ def run_report(request: ReportRequest) -> int:
         if importlib.util.find_spec(package) is None:
             raise TuneError(f"report: wanted {package} for the page, not installed here; pip install {package}")
     profiles = packaged_dir() if request.profiles is None else request.profiles
-    if not request.readme:
-        check_writable(request.out, "-o")
     devices = read_devices(request.results, profiles)
     if request.readme:
         print(readme(devices), end="")
         return 0
+    check_writable(request.out, "--output")
     page = render(devices, request)
     try:
         replace_file(request.out, page)
     except OSError as e:
-        raise TuneError(f"-o {request.out}: cannot be written: {e.strerror or e}") from None
+        raise TuneError(f"--output {request.out}: cannot be written: {e.strerror or e}") from None
     print(f"{request.out}: {len(page.encode()) / 1e3:.0f} kB, {', '.join(printable(d.name) for d in devices)}")
     return 0
 

@@ -5,7 +5,7 @@ field; one that is not there is None. Names in them are text of unknown origin: 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -329,8 +329,7 @@ def read_device(name: str, folder: Path, profile_path: Path | None) -> Device:
         try:
             profile = read_profile(profile_path)
         except ProfileError as e:
-            raise TuneError(str(e)) from None
-    files = tuple(sorted(p for p in folder.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(folder).parts)))
+            raise TuneError(f"--profiles: {e}") from None
     return Device(
         name=name,
         folder=folder,
@@ -341,8 +340,14 @@ def read_device(name: str, folder: Path, profile_path: Path | None) -> Device:
         checks=tuple(found for path in sorted(folder.glob("check*.json")) if (found := read(Check, path)) is not None),
         profile=profile,
         profile_path=profile_path,
-        files=files,
     )
+
+
+def _with_files(device: Device) -> Device:
+    """The device and the files of its folder; only now, since a folder that holds no results may be anything, and of any depth."""
+    folder = device.folder
+    found = (p for p in folder.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(folder).parts))
+    return replace(device, files=tuple(sorted(found)))
 
 
 def read_devices(results: Path, profiles: Path) -> list[Device]:
@@ -355,4 +360,4 @@ def read_devices(results: Path, profiles: Path) -> list[Device]:
     devices = [d for d in devices if d.bench or d.decode or d.tunes or d.replay or d.checks or d.profile]
     if not devices:
         raise TuneError(f"--results {results}, --profiles {profiles}: nothing to report, wanted <gpu>/bench.json or <gpu>.yaml")
-    return sorted(devices, key=lambda d: (d.bench is None, d.decode is None, d.profile is None, d.name))
+    return sorted(map(_with_files, devices), key=lambda d: (d.bench is None, d.decode is None, d.profile is None, d.name))

@@ -36,7 +36,14 @@ from tuner.writer import make_provenance
 
 SECRET = "s3cret"
 #: What the commands do once they believe their arguments.
-BEGINNINGS = ("bench.Bench", "replay.ProcessPoolExecutor", "dashboard._Server", "workers.WorkerPool")
+BEGINNINGS = (
+    "bench.Bench",
+    "replay.ProcessPoolExecutor",
+    "dashboard._Server",
+    "workers.WorkerPool",
+    "bundle.WorkerPool",
+    "static_check.WorkerPool",
+)
 #: Arguments with which a command would begin, where it needs any.
 BASE = {
     "": ["--gpu", "cpu", "--kernels", "pre", "--workloads", "mhc-3b", "--tokens", "8"],
@@ -44,6 +51,8 @@ BASE = {
     "worker": ["--gpu", "cpu", "--storage", "sqlite:///study.db"],
     "explain": ["pre", "64x4x1280"],
     "replay": ["bad.json"],
+    "compile": ["--gpu", "h100", "-o", "bundle"],
+    "check": ["--static", "--gpu", "h100"],
 }
 FILES = {
     "bad.yaml": "mhc-3b: {n: 4, C: [}\n",
@@ -195,7 +204,7 @@ def lines(draw: st.DrawFn) -> Line:
     found = commands()
     name = draw(st.sampled_from(["", "", "", "bench", "bench", *(n for n in found if n not in ("", "bench"))]))
     args = list(BASE.get(name, []))
-    spoilt = {"replay": ["ledger"], "dashboard": ["storage"]}.get(name, [])
+    spoilt = {"replay": ["ledger"], "dashboard": ["storage"], "report": ["results"]}.get(name, [])
     for i, argument in enumerate(p for p in found[name] if p.is_argument):
         if draw(st.booleans()):
             args[i] = draw(argument.values)
