@@ -124,13 +124,13 @@ def read_fingerprints(path: Path) -> Fingerprints:
     try:
         return Fingerprints.model_validate_json(read_text(path, MAX_BYTES))
     except FileNotFoundError:
-        raise TuneError(f"{path}: no fingerprints to compare with; write them: mhc-tune check --static --update") from None
+        raise TuneError(f"--fingerprints {path}: no fingerprints to compare with; write them: mhc-tune check --static --update") from None
     except UnicodeDecodeError:
-        raise TuneError(f"{path}: is no UTF-8, wanted what mhc-tune check --static --update writes") from None
+        raise TuneError(f"--fingerprints {path}: is no UTF-8, wanted what mhc-tune check --static --update writes") from None
     except OSError as e:
-        raise TuneError(f"{path}: cannot be read: {e.strerror or e}") from None
+        raise TuneError(f"--fingerprints {path}: cannot be read: {e.strerror or e}") from None
     except ValidationError as e:
-        raise TuneError(f"{path}: {first_complaint(e)}") from None
+        raise TuneError(f"--fingerprints {path}: {first_complaint(e)}") from None
 
 
 def write_fingerprints(path: Path, fingerprints: Fingerprints) -> None:
@@ -141,4 +141,4 @@ def write_fingerprints(path: Path, fingerprints: Fingerprints) -> None:
     try:
         replace_file(path, f'{{\n{head}  "programs": {{\n{programs}\n  }}\n}}\n')
     except OSError as e:
-        raise TuneError(f"{path}: cannot be written: {e.strerror or e}") from None
+        raise TuneError(f"--fingerprints {path}: cannot be written: {e.strerror or e}") from None

@@ -184,7 +184,7 @@ def _committed(file: Path, arch: str, update: bool) -> Fingerprints:
         return Fingerprints(arch=arch, programs={})
     committed = read_fingerprints(file)
     if committed.arch != arch:
-        raise TuneError(f"{file}: got fingerprints of {committed.arch}, wanted those of the profile's {arch}")
+        raise TuneError(f"--fingerprints {file}: got fingerprints of {committed.arch}, wanted those of the profile's {arch}")
     return committed
 
 
