@@ -338,7 +338,7 @@ def _pick(kernel: Kernel, p: Problem, T: int, entries: list[Entry]) -> tuple[Cho
     default = Choice(dict(kernel.default(p)), "tilelang", "default")
     refused = ""
     for (off_n, off_C, off_dtype, off_T, _), e in _by_distance(kernel, p, T, entries):
-        reason = _reason_against(kernel, p, e.config, default.config)
+        reason = reason_against(kernel, p, e.config, default.config)
         if reason and e.impl == "tilelang":
             refused = refused or f"{_shape(e)}: {reason}"
             continue
@@ -376,7 +376,7 @@ def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: t
         _say(logging.WARNING, "shape", source.path, shape, message=f"{message}, other kernels likewise (said once per shape)")
 
 
-def _reason_against(kernel: Kernel, p: Problem, config: dict[str, Any], default: dict[str, Any]) -> str | None:
+def reason_against(kernel: Kernel, p: Problem, config: dict[str, Any], default: dict[str, Any]) -> str | None:
     if set(config) != set(default):
         return f"its config has {', '.join(sorted(config)) or 'nothing'}, wanted {', '.join(sorted(default)) or 'nothing'}"
     try:

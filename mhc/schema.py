@@ -24,6 +24,10 @@ def _dtype(value: str) -> str:
     return value
 
 
+#: Name of a dtype that streams may have.
+Dtype = Annotated[str, AfterValidator(_dtype)]
+
+
 def _knob(value: Any) -> int | str | bool:
     # Before the union sees it: a union's error names three types, and its path grows by one of them.
     if not isinstance(value, int | str | bool):
@@ -88,7 +92,7 @@ class Entry(_Strict):
     kernel: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", description="name in tl_kernels.KERNELS")]
     n: Annotated[int, Field(ge=1, le=MAX_N, description="streams")]
     C: Annotated[int, Field(ge=1, description="channels")]
-    dtype: Annotated[str, AfterValidator(_dtype), Field(description="of the streams, a torch dtype name")]
+    dtype: Annotated[Dtype, Field(description="of the streams, a torch dtype name")]
     tokens: Annotated[int, Field(ge=1, description="T of the bucket this was tuned at")]
     impl: Annotated[Literal["tilelang", "reference"], Field(description="'reference': PyTorch was faster (CPU target)")] = "tilelang"
     config: Annotated[dict[str, Knob], Field(description="knobs of the kernel's search space")]

@@ -6,7 +6,6 @@ whoever asks for it afterwards, so that this process never compiles it again: it
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NoReturn
@@ -14,14 +13,13 @@ from typing import Any, NoReturn
 from tl_kernels import KERNELS, launch
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner import bench_kernels
-from tuner.workers import WorkerError, WorkerPool
+from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
 
 Program = tuple[Kernel, Problem, Config]
 
 #: Seconds for one program; the first of a process pays for its imports too. The slowest takes 45 s on one half of a busy core.
 COMPILE_S = 120.0
 #: Compilers see no GPU, so that none of its memory goes to their contexts.
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TILELANG_PRINT_ON_COMPILATION": "0"}
 #: How often whoever waits looks up, in seconds.
 POLL_S = 1.0
 
@@ -41,11 +39,6 @@ class Refused:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise NotCompiled(self._why)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(program: Program) -> str:
@@ -83,7 +76,7 @@ def compile_ahead(
     failures: list[dict[str, Any]] = []
     if not programs:
         return failures
-    with WorkerPool(min(cores(), len(programs)), env=ENVIRONMENT) as pool:
+    with WorkerPool(min(cores(), len(programs)), env=COMPILE_ENV) as pool:
         waiting: dict[Future[Any], Program] = {}
         for program in programs:
             kernel, p, config = program

@@ -23,16 +23,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tuner.display import make_console
 from tuner.errors import INTERRUPTED, TuneError, printable
 from tuner.hardware import Hardware, find_compiler
 from tuner.plan import pick_kernels, split_names
-from tuner.run import cores, make_console, term_is_interrupt
-from tuner.workers import WorkerError, WorkerPool
+from tuner.run import term_is_interrupt
+from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
 
 #: Exit code where some programs, or all, could not be compiled.
 INCOMPLETE = 1
 COMPILE_TIMEOUT_S = 600.0
-_ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TILELANG_PRINT_ON_COMPILATION": "0", "MHC_BUNDLE": ""}
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,10 @@ def _compile(
     built: dict[tuple[Any, ...], dict[str, Any]] = {}
     failed: list[tuple[_Wanted, str]] = []
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with WorkerPool(jobs, env=_ENV) as pool, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with (
+        WorkerPool(jobs, env=COMPILE_ENV) as pool,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
         task = bar.add_task("", total=len(programs))
         futures = {pool.submit(library_job, w.kernel, w.p, w.config, arch, timeout=COMPILE_TIMEOUT_S): w for w in programs}
         for future in as_completed(futures):

@@ -251,8 +251,8 @@ def replay(
     out: Annotated[Path, typer.Option(help="Folder for replay.json and replay.png.")] = Path("."),
 ) -> None:
     from tuner.replay import ReplayRequest, run_replay
-    from tuner.run import cores
     from tuner.samplers import pick_samplers
+    from tuner.workers import cores
 
     request = ReplayRequest(
         ledger=ledger,

@@ -7,19 +7,16 @@ from concurrent.futures import Future
 from typing import Any
 
 from tuner.settings import Settings
-from tuner.storage import STORAGE_VARIABLE
 from tuner.study import Config, Study
 from tuner.task import config_key
-from tuner.workers import WorkerPool
-
-_ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TILELANG_PRINT_ON_COMPILATION": "0", STORAGE_VARIABLE: "", "MHC_BUNDLE": ""}
+from tuner.workers import COMPILE_ENV, WorkerPool
 
 
 class Compiling:
     """A pool of niced processes; ``job`` is what they do with each configuration, within ``timeout`` seconds."""
 
     def __init__(self, settings: Settings, job: Callable[..., Any], timeout: float) -> None:
-        self.pool = WorkerPool(settings.jobs, env=_ENV, log=settings.log, nice=10)
+        self.pool = WorkerPool(settings.jobs, env=COMPILE_ENV, log=settings.log, nice=10)
         self._job, self._timeout, self._target = job, timeout, settings.hardware.arch
         self.futures: dict[tuple[Any, ...], Future[Any]] = {}
 

@@ -100,12 +100,13 @@ def read_cubin(image: bytes) -> list[Resources]:
 
 def find_kernels(file: bytes) -> list[Resources]:
     """The kernels of every CUDA image inside ``file``, e.g. the shared library that TileLang keeps of a compiled program."""
-    found: list[Resources] = []
-    for match in re.finditer(re.escape(_MAGIC), file):
-        at = match.start()
-        if struct.unpack_from("<H", file, at + 18)[0] == _MACHINE_CUDA:
-            found += read_cubin(file[at:])
-    return found
+    return [found for image in cuda_images(file) for found in read_cubin(image)]
+
+
+def cuda_images(file: bytes) -> list[bytes]:
+    """The CUDA ELF images inside ``file``, each to the end of the file: its header says where it ends."""
+    starts = [m.start() for m in re.finditer(re.escape(_MAGIC), file)]
+    return [file[at:] for at in starts if len(file) >= at + 20 and struct.unpack_from("<H", file, at + 18)[0] == _MACHINE_CUDA]
 
 
 @dataclass(frozen=True)

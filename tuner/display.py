@@ -32,6 +32,18 @@ RUNGS = {
 }
 
 
+#: Columns of what goes into a log file or a pipe, which have no width of their own.
+PLAIN_WIDTH = 120
+
+
+def make_console(plain_width: int = PLAIN_WIDTH) -> Console:
+    """For stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, plain_width)
+    return console
+
+
 def duration(seconds: float) -> str:
     """``75`` -> ``1:15``."""
     minutes, rest = divmod(max(0, round(seconds)), 60)

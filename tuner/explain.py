@@ -18,7 +18,7 @@ from mhc.profile import Choice, ProfileError, choose_from, nearest_entry, packag
 from mhc.schema import Entry, Profile, Provenance
 from tl_kernels import KERNELS, NAMES
 from tl_kernels.spec import MAX_N, STREAM_DTYPES, Kernel, Problem
-from tuner.display import microseconds
+from tuner.display import make_console, microseconds
 from tuner.errors import TuneError, unknown
 from tuner.evidence import age, evidence
 from tuner.hardware import resolve
@@ -80,9 +80,7 @@ def explain(request: ExplainRequest, console: Console | None = None) -> int:
     if why_not is not None:
         raise TuneError(f"{request.kernel} at {shape}: there is nothing to explain, no configuration serves it: {why_not}")
     if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = max(console.width, PLAIN_WIDTH)
+        console = make_console(PLAIN_WIDTH)
     page = _Page(console, kernel, p, shape.T, name, profile)
     page.print()
     page.print_unseen(neighbours(kernel, shape) if others is None else others)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from mhc.files import read_text, replace_file
 from mhc.yamlfile import MAX_BYTES, first_complaint
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner.compile_job import cached_shared_bytes, lowered_shared_bytes, refuse
-from tuner.cubin import find_kernels
+from tuner.cubin import cuda_images, read_cubin
 from tuner.errors import TuneError
 from tuner.sass import BULK, instruction_mix
 
@@ -75,8 +74,8 @@ def fingerprint(kernel: Kernel, p: Problem, cfg: Config, arch: str) -> Fingerpri
     folder = getattr(compile_kernel(kernel, p, cfg, arch), "_tilelang_cache_path", None)
     if folder is None:
         raise RuntimeError("TileLang's disk cache is switched off (TILELANG_DISABLE_CACHE); the image is read from it")
-    images = _images((Path(folder) / "executable.so").read_bytes())
-    resources = [r for image in images for r in find_kernels(image)]
+    images = cuda_images((Path(folder) / "executable.so").read_bytes())
+    resources = [r for image in images for r in read_cubin(image)]
     if len(images) != 1 or len(resources) != 1:
         raise RuntimeError(f"{len(images)} images of {len(resources)} kernels, wanted one image of one kernel")
     (image,), (found,) = images, resources
@@ -106,12 +105,6 @@ def fingerprint_job(name: str, p: Problem, cfg: Config, arch: str) -> dict[str, 
     start = time.perf_counter()
     found = fingerprint(KERNELS[name], p, cfg, arch).model_dump()
     return {"seconds": time.perf_counter() - start, **found}
-
-
-def _images(file: bytes) -> list[bytes]:
-    """The CUDA ELF images inside a file, each to the end of the file: its header says where it ends."""
-    starts = [m.start() for m in re.finditer(b"\x7fELF", file)]
-    return [file[at:] for at in starts if len(file) >= at + 20 and struct.unpack_from("<H", file, at + 18)[0] == 190]
 
 
 def fingerprints_path(profile: Path) -> Path:

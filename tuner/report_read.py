@@ -13,9 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mhc.files import read_text
 from mhc.profile import WORKLOADS, ProfileError, read_profile
-from mhc.schema import Profile
+from mhc.schema import Dtype, Profile
 from mhc.yamlfile import first_complaint
-from tl_kernels.spec import MAX_N, STREAM_DTYPES
+from tl_kernels.spec import MAX_N
 from tuner.bench_case import PASSES
 from tuner.errors import TuneError, one_line
 
@@ -31,18 +31,11 @@ def _passes(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
-def _dtype(value: str) -> str:
-    if value not in STREAM_DTYPES:
-        raise ValueError(f"wanted one of {', '.join(STREAM_DTYPES)}")
-    return value
-
-
 Above0 = Annotated[float, Field(gt=1e-9, le=MOST)]
 From0 = Annotated[float, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=int(MOST))]
 Size = Annotated[int, Field(ge=1, le=1 << 40)]
 Streams = Annotated[int, Field(ge=1, le=MAX_N)]
-Dtype = Annotated[str, AfterValidator(_dtype)]
 ByPass = Annotated[dict[str, Above0], AfterValidator(_passes)]
 
 

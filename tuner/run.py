@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ from rich.console import Console
 
 from mhc.files import replace_file
 from tuner.devices import Device, aim, pick, visible_devices
-from tuner.display import Display, duration, funnel_line, result_table
+from tuner.display import Display, duration, funnel_line, make_console, result_table
 from tuner.effort import effort_of
 from tuner.errors import INTERRUPTED, TuneError, printable
 from tuner.hardware import Hardware, find_compiler, resolve
 from tuner.plan import make_tasks, parse_tokens, pick_kernels, pick_workloads, split_names
 from tuner.storage import open_storage, redacted
+from tuner.workers import cores
 from tuner.workloads import WorkloadError, load_workloads
 
 if TYPE_CHECKING:
@@ -84,11 +84,6 @@ def worker_log() -> Path:
     return log
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def compile_jobs(given: int | None, hardware: Hardware) -> int:
     """Compile processes; on a GPU one core stays with the process that launches what is timed."""
     return given or max(1, cores() - (0 if hardware.is_cpu else 1))
@@ -103,14 +98,6 @@ def find_hardware(gpu: str, devices: str | None) -> tuple[Hardware, list[Device]
         raise TuneError(f"--devices {devices}: there is one CPU, wanted a GPU to choose devices of")
     found = [] if hardware.is_cpu else visible_devices()
     return hardware, pick(devices, hardware.name, found)
-
-
-def make_console() -> Console:
-    """For stdout; a log file or a pipe has no width to fit into."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    return console
 
 
 def run(request: Request) -> int:

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mhc.profile import ProfileError, _reason_against, packaged_dir, packaged_names, read_profile
+from mhc.profile import ProfileError, packaged_dir, packaged_names, read_profile, reason_against
 from mhc.schema import Entry, Profile
 from tl_kernels import KERNELS, NAMES
 from tl_kernels.spec import Kernel, Problem
 from tuner.check_report import Report, Row, print_report, write_reports
-from tuner.display import duration
+from tuner.display import duration, make_console
 from tuner.errors import TuneError, unknown
 from tuner.explain import PLAIN_WIDTH, Shape, parse_shape
 from tuner.fingerprint import Fingerprint, Fingerprints, fingerprint_job, fingerprints_path, read_fingerprints, write_fingerprints
@@ -36,7 +36,7 @@ from tuner.fingerprint_rules import compare
 from tuner.hardware import Hardware, find_compiler
 from tuner.plan import pick_kernels, pick_workloads, split_names
 from tuner.sass import find_nvdisasm
-from tuner.workers import WorkerError, WorkerPool
+from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
 from tuner.workloads import Workload, WorkloadError, load_workloads
 
 SAME, REGRESSED, NOT_COMPILED = 0, 1, 3
@@ -114,7 +114,7 @@ def programs_of(profile: Profile, request: StaticRequest) -> list[Program]:
         p = kernel.problem(entry.n, entry.C, entry.dtype)
         name = describe((kernel, p, entry.config))
         if name not in found:
-            why_not = _reason_against(kernel, p, entry.config, kernel.default(p))
+            why_not = reason_against(kernel, p, entry.config, kernel.default(p))
             found[name] = Program(name, kernel, p, dict(entry.config), why_not, entry.source_hash != kernel.source_hash)
     if not found:
         raise TuneError("--kernels, --workloads, --shapes: got filters that no entry of the profile passes, wanted one that does")
@@ -145,9 +145,7 @@ def _fits(shape: Shape, entry: Entry) -> bool:
 def static_check(request: StaticRequest, console: Console | None = None) -> int:
     """Compile, compare, print and write. Returns the exit code; raises :class:`TuneError` for what the user can mend."""
     if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = max(console.width, PLAIN_WIDTH)
+        console = make_console(PLAIN_WIDTH)
     name, path = find_profile(request.gpu, request.profile)
     try:
         profile = read_profile(path)
@@ -193,7 +191,7 @@ Compiled = dict[str, tuple["Fingerprint | str", float]]
 
 def _compile(programs: Sequence[Program], arch: str, jobs: int | None, console: Console) -> Compiled:
     """Program -> its fingerprint, or on one line why there is none; and the seconds it took."""
-    from tuner.bench_compile import COMPILE_S, ENVIRONMENT, POLL_S, cores
+    from tuner.bench_compile import COMPILE_S, POLL_S
 
     found: Compiled = {program.name: (program.why_not, 0.0) for program in programs if program.why_not}
     todo = [program for program in programs if not program.why_not]
@@ -201,7 +199,7 @@ def _compile(programs: Sequence[Program], arch: str, jobs: int | None, console: 
     start = time.monotonic()
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        WorkerPool(max(1, min(jobs or cores(), len(todo))), env=ENVIRONMENT, nice=10) as pool,
+        WorkerPool(max(1, min(jobs or cores(), len(todo))), env=COMPILE_ENV, nice=10) as pool,
     ):
         bar = progress.add_task("compiling", total=len(todo))
         waiting: dict[Future[Any], Program] = {}

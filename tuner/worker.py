@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.claims import CONFIG, Claims
-from tuner.display import Display
+from tuner.display import Display, make_console
 from tuner.effort import effort_of
 from tuner.errors import INTERRUPTED, TuneError
 from tuner.hardware import Hardware
 from tuner.pipeline import Pipeline
 from tuner.plan import pick_kernels, split_names
-from tuner.run import closing, compile_jobs, find_hardware, make_console, report, term_is_interrupt, tune, worker_log
+from tuner.run import closing, compile_jobs, find_hardware, report, term_is_interrupt, tune, worker_log
 from tuner.settings import Settings
 from tuner.storage import open_storage, redacted
 from tuner.store import Store

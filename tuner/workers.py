@@ -20,7 +20,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tuner.storage import STORAGE_VARIABLE
+
 START_TIMEOUT_S = 180.0
+
+
+#: Of a process that compiles: no device, one thread, nothing of this process's bundle or storage.
+COMPILE_ENV = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "TILELANG_PRINT_ON_COMPILATION": "0",
+    "MHC_BUNDLE": "",
+    STORAGE_VARIABLE: "",
+}
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerError(Exception):

@@ -8,18 +8,13 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mhc.profile import WORKLOADS, packaged_dir
+from mhc.schema import Dtype
 from mhc.yamlfile import YAMLFileError, first_complaint, read_yaml
-from tl_kernels.spec import MAX_N, STREAM_DTYPES
+from tl_kernels.spec import MAX_N
 
 
 class WorkloadError(YAMLFileError):
     """What is wrong with a workloads file, on one line naming the file and the field."""
-
-
-def _dtype(value: str) -> str:
-    if value not in STREAM_DTYPES:
-        raise ValueError(f"wanted one of {', '.join(STREAM_DTYPES)}")
-    return value
 
 
 def _buckets(value: list[int]) -> list[int]:
@@ -40,7 +35,7 @@ class Workload(BaseModel):
 
     n: Annotated[int, Field(ge=1, le=MAX_N)]
     C: Count
-    dtype: Annotated[str, AfterValidator(_dtype)] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     tokens: Buckets
     cpu_tokens: Buckets
 

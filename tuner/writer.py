@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import subprocess
 import tempfile
@@ -130,7 +131,6 @@ class ProfileWriter:
                 ordered = sorted(merged.values(), key=lambda e: (order[e.kernel], e.n, e.C, e.dtype, e.tokens))
                 remove_left_over(self.path)
                 save_profile(Profile(schema_version=SCHEMA_VERSION, provenance=provenance, entries=ordered), self.path)
-                _sync(Path(os.path.realpath(self.path)).parent)
         except ProfileError as e:
             raise TuneError(f"--output: {e}") from None
         except OSError as e:
@@ -140,16 +140,6 @@ class ProfileWriter:
     @property
     def entries(self) -> list[Entry]:
         return list(self._entries.values())
-
-
-def _sync(folder: Path) -> None:
-    """Have the new name on the disk too, so that a power cut does not bring the old file back; best effort, not every system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _hash(kernel: str) -> str | None:
@@ -182,8 +172,11 @@ def make_provenance(hardware: Hardware, copy_gbps: float, seed: int, trials: int
     )
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of the checkout the tuner runs from, with ``+`` where it has changes; None outside one."""
+    """The commit of the checkout the tuner runs from, with ``+`` where it has changes; None outside one. Asked once: what a run writes is
+    no change of what it runs.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
