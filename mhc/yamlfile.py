@@ -50,6 +50,7 @@ def _shown(value: Any) -> str:
 
 
 _TAG = "tag:yaml.org,2002:"
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 
 
 def _scalar(kind: str) -> Callable[[yaml.SafeLoader, yaml.Node], Any]:
@@ -85,7 +86,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         # called for every node before its children are read: libyaml's own recursion ends in a crash, not in an error
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels")
+            raise yaml.YAMLError(_TOO_DEEP)
 
     def ascend_resolver(self) -> None:
         self._depth -= 1
@@ -118,7 +119,10 @@ def read_yaml(path: Path) -> Any:
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise YAMLFileError(path, f"{where}{_cut(e.problem or e.context or '', MAX_SHOWN)}, wanted YAML") from None
+        problem = e.problem or e.context or ""
+        if "maximum nesting depth" in problem:  # libyaml from 0.2.6 on has a bound of its own, which its look-ahead may meet before ours
+            where, problem = "", _TOO_DEEP
+        raise YAMLFileError(path, f"{where}{_cut(problem, MAX_SHOWN)}, wanted YAML") from None
     except yaml.reader.ReaderError as e:
         raise YAMLFileError(path, f"position {e.position}: {e.reason}, wanted YAML") from None
     except yaml.YAMLError as e:

@@ -1,5 +1,7 @@
 """DDP and FSDP2 on two CPU processes: the gradients and the dtypes of one process."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,6 +78,9 @@ def _worker(rank, port, kind):
                 assert (got - want).norm() <= rtol * want.norm(), (name, got, want)
     finally:
         dist.destroy_process_group()
+    # Everything was checked. Of torch 2.13's own teardown under FSDP2 on gloo one in four processes ends in "terminate called without an
+    # active exception", after the interpreter has gone (no Python frame); it is not what this tests.
+    os._exit(0)
 
 
 @pytest.mark.slow
