@@ -198,8 +198,8 @@ def bench(
             raise TuneError(f"--readme {readme}: is no bench.json of mhc-tune bench: {one_line(e)}") from None
         print(table, end="")
         return
-    from tuner.bench import BenchRequest
     from tuner.bench import bench as run_bench
+    from tuner.bench_plan import BenchRequest
 
     request = BenchRequest(
         command=shlex.join(["mhc-tune", *sys.argv[1:]]),

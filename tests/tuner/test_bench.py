@@ -14,10 +14,11 @@ import torch
 from mhc import use_backend
 from tl_kernels import KERNELS
 from tuner import bench as module
-from tuner import bench_entrant, bench_kernels
-from tuner.bench import BenchRequest, bench, make_plan, take_rounds
+from tuner import bench_entrant, bench_kernels, bench_plan, bench_team
+from tuner.bench import bench, take_rounds
 from tuner.bench_case import GRADIENTS, Case, Shape
 from tuner.bench_entrant import release
+from tuner.bench_plan import BenchRequest, make_plan
 from tuner.bench_rivals import RIVALS, Boundary, Rival
 from tuner.errors import INTERRUPTED, TuneError
 from tuner.timing import Clock
@@ -29,7 +30,7 @@ TINY = BenchRequest("mhc-tune bench ...", gpu="cpu", shapes="8x2x32", rivals="ou
 def _quick():
     """Ours by the PyTorch reference: what is tested is the benchmark."""
     with use_backend("reference"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "DECODE_LAYERS", 2)
+        patch.setattr(bench_team, "DECODE_LAYERS", 2)
         yield
     release()
 
@@ -128,9 +129,9 @@ def test_a_rival_asked_for_by_name_that_is_not_installed_is_a_row(tmp_path, monk
 
 
 def _plant(monkeypatch, rivals: dict[str, Rival]) -> None:
-    for where in (module, bench_entrant):
+    for where in (bench_team, bench_entrant):
         monkeypatch.setattr(where, "rival", lambda name: rivals[name])
-    monkeypatch.setattr(module, "rival_names", lambda: list(rivals))
+    monkeypatch.setattr(bench_plan, "rival_names", lambda: list(rivals))
 
 
 def test_ours_that_computes_something_else_is_marked_and_the_exit_code(tmp_path, monkeypatch, capsys):
