@@ -40,14 +40,14 @@ class Shape:
         return f"{self.T} x {self.n} x {self.C}"
 
     @staticmethod
-    def parse(text: str) -> Shape:
-        """``8192x4x2560`` or ``8192x4x2560:ours+eager``. Raises :class:`TuneError`."""
+    def parse(text: str, option: str = "--shapes") -> Shape:
+        """``8192x4x2560`` or ``8192x4x2560:ours+eager``. Raises :class:`TuneError` that names the option."""
         match = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})(?::(\S+))?", text.strip())
         if match is None:
-            raise TuneError(f"--shapes: got {text!r}, wanted TxnxC such as 8192x4x2560, or 8192x4x2560:ours+liger")
+            raise TuneError(f"{option}: got {text!r}, wanted TxnxC such as 8192x4x2560, or 8192x4x2560:ours+liger")
         T, n, C = (int(match[k]) for k in (1, 2, 3))
         if not (T >= 1 and 1 <= n <= 8 and C >= 1):
-            raise TuneError(f"--shapes: got {text!r}, wanted T and C of at least 1 and n in 1..8")
+            raise TuneError(f"{option}: got {text!r}, wanted T and C of at least 1 and n in 1..8")
         return Shape(T, n, C, tuple(match[4].split("+")) if match[4] else None)
 
     def unit_bytes(self, dtype: str) -> int:

@@ -60,25 +60,27 @@ def find_env(name: str, given: Mapping[str, Path]) -> Path | None:
     return None
 
 
-def _launch(env: Path | None, device: str, links: Path) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of the worker. An interpreter sees only this project's packages that it needs, through ``links``."""
-    module = ["-m", "tuner.bench_worker", device]
+def python_command(env: Path | None, arguments: list[str], links: Path) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of ``python *arguments`` where a rival lives (None: here). An interpreter elsewhere sees only those packages
+    of this project that it needs, through links in the folder ``links``.
+    """
     variables = dict(os.environ)
     if env is None:
         variables["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        return [sys.executable, *module], variables
+        return [sys.executable, *arguments], variables
     # TileLang tells its children where its files are: not to another version of it
     variables = {k: v for k, v in variables.items() if not k.startswith(("TL_", "TVM_", "TILELANG_"))}
     path = str(env.resolve())
     if env.suffix == ".sh":
-        return ["bash", "-c", 'source "$0" && exec "$(command -v python || command -v python3)" "$@"', path, *module], variables
+        return ["bash", "-c", 'source "$0" && exec "$(command -v python || command -v python3)" "$@"', path, *arguments], variables
     for package in PACKAGES:
-        (links / package).symlink_to(HERE / package)
+        if not (links / package).exists():
+            (links / package).symlink_to(HERE / package)
     if env.is_dir():
         variables["PYTHONPATH"] = os.pathsep.join([path, str(links)])
-        return [sys.executable, *module], variables
+        return [sys.executable, *arguments], variables
     variables["PYTHONPATH"] = str(links)
-    return [os.path.abspath(env), *module], variables  # not resolved: a venv's python is a link
+    return [os.path.abspath(env), *arguments], variables  # not resolved: a venv's python is a link
 
 
 class RivalWorker:
@@ -88,7 +90,7 @@ class RivalWorker:
         self._folder = tempfile.TemporaryDirectory(prefix="mhc-bench-")
         folder = Path(self._folder.name)
         self._log = folder / "stderr"
-        command, variables = _launch(env, device, folder)
+        command, variables = python_command(env, ["-m", "tuner.bench_worker", device], folder)
         self._ids = itertools.count()
         self._buffer = b""
         with open(self._log, "wb") as log:

@@ -221,6 +221,52 @@ def bench(
     raise typer.Exit(run_bench(request))
 
 
+STARTUP_HELP = """Time the start of a training script up to the end of its first step: compiling, from caches, and from a bundle.
+
+Each start is a process of its own with one boundary around the identity layer, forward + backward. Rivals as in `mhc-tune bench`: their
+compilers' caches start empty too. Writes startup.json and startup.md; Ctrl-C keeps what is done.
+"""
+
+STARTUP_EPILOG = """Examples:
+
+  mhc-tune startup --bundle bundle  (ours: cold, cached, and from what `mhc-tune compile` wrote)
+
+  mhc-tune startup --rivals ours,liger,tile-kernels --repeats 1
+
+  mhc-tune startup --gpu cpu --shape 64x4x1280  (on a laptop)
+"""
+
+
+@app.command("startup", help=STARTUP_HELP, epilog=STARTUP_EPILOG)
+def startup(
+    gpu: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as h100 that must be this machine's.")] = "auto",
+    shape: Annotated[str | None, typer.Option(help="Shape. Default: 8192x4x2560, on the CPU 64x4x1280.", metavar="TxnxC")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the streams: bfloat16, float16 or float32.")] = "bfloat16",
+    rivals: Annotated[str | None, typer.Option(help="Rivals, separated by commas, ours among them. Default: ours.", metavar="A,B")] = None,
+    rival_env: Annotated[
+        list[str] | None,
+        typer.Option(help="A rival's environment: interpreter, folder of packages, or script to source.", metavar="NAME=PATH"),
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle that `mhc-tune compile` wrote, for one more way to start ours.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that everything is started.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: results/<gpu>.")] = None,
+) -> None:
+    from tuner.startup import StartupRequest, run_startup
+
+    request = StartupRequest(
+        command=_command(),
+        gpu=gpu,
+        shape=shape,
+        dtype=dtype,
+        rivals=rivals,
+        rival_envs=tuple(rival_env or ()),
+        bundle=bundle,
+        repeats=repeats,
+        out=out,
+    )
+    raise typer.Exit(run_startup(request))
+
+
 REPLAY_HELP = """Replay the search from a ledger, without a device: how many trials does each sampler need to come near the best?
 
 A ledger is an exhaustive measurement, as `mhc-tune --sampler brute-force --raw FILE` writes it. Every sampler searches each of its studies

@@ -139,7 +139,7 @@ def test_a_folder_of_packages_goes_first(tmp_path):
     (tmp_path / "only_here.py").write_text("")
     links = tmp_path / "links"
     links.mkdir()
-    command, variables = bench_remote._launch(tmp_path, "cpu", links)
+    command, variables = bench_remote.python_command(tmp_path, ["-m", "tuner.bench_worker", "cpu"], links)
     assert command[0] == sys.executable
     assert variables["PYTHONPATH"].split(":")[0] == str(tmp_path)
     assert (links / "tuner" / "bench_worker.py").is_file()

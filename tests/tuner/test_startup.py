@@ -1,0 +1,107 @@
+"""Starts of a script: real processes for ours and for PyTorch's eager, and planted ones for what goes wrong."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tuner import startup as module
+from tuner.errors import INTERRUPTED, TuneError
+from tuner.startup import MOMENTS, StartupRequest, markdown, run_startup
+
+TINY = StartupRequest("mhc-tune startup ...", gpu="cpu", shape="3x2x32", repeats=1)
+
+
+def run(request, out):
+    code = run_startup(replace(request, out=out))
+    result = json.loads((out / "startup.json").read_text())
+    return code, {(row["rival"], row["setup"]): row for row in result["rows"]}, (out / "startup.md").read_text()
+
+
+def test_a_start_goes_through_its_moments_in_order_and_finds_what_was_cached(tmp_path):
+    code, rows, text = run(TINY, tmp_path)
+    assert code == 0
+    for row in rows.values():
+        (sample,) = row["samples"]
+        times = [sample[moment] for moment in MOMENTS]
+        assert times == sorted(times), row
+        assert times[0] > 0
+        assert row["failure"] is None
+    cold, cached = (rows["ours", setup]["samples"][0] for setup in ("cold", "cached"))
+    assert cached["first"] - cached["ready"] < cold["first"] - cold["ready"]  # nothing is compiled
+    assert "| mhc (this project) | cached |" in text
+
+
+def test_a_bundle_starts_with_no_compiler_on_the_path(tmp_path, monkeypatch):
+    seen = []
+
+    def planted(arguments, env, folder, more):
+        seen.append((arguments[0], folder, more))
+        return dict.fromkeys(MOMENTS, 1.0), None
+
+    monkeypatch.setattr(module, "_start", planted)
+    monkeypatch.setattr("mhc.bundle.Bundle", lambda path: None)
+    code, rows, _ = run(replace(TINY, bundle=tmp_path / "b", rivals="ours,eager", repeats=2), tmp_path)
+    assert code == 0
+    assert list(rows) == [("ours", "cold"), ("ours", "cached"), ("ours", "bundle"), ("eager", "cold"), ("eager", "cached")]
+    assert all(len(row["samples"]) == 2 for row in rows.values())
+    cold, cached, bundle = seen[:3]
+    assert cold[1] == cached[1] != bundle[1]
+    assert bundle[2] == {"MHC_BUNDLE": str(tmp_path / "b"), "PATH": ""}
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [
+        ("raise SystemExit('no such thing')", "exit code 1: no such thing"),
+        ('print(\'{"missing": "no module"}\')', "not installed: no module"),
+        ("import time; time.sleep(60)", "took more than 1 s"),
+        ("print('hello')", "exit code 0"),
+    ],
+)
+def test_a_start_that_fails_is_a_row_that_says_why(script, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "python_command", lambda env, arguments, links: ([sys.executable, "-c", script], {}))
+    monkeypatch.setattr(module, "LIMIT_S", 1.0)
+    code, rows, text = run(TINY, tmp_path)
+    assert code == 1
+    assert rows["ours", "cold"]["failure"] == wanted
+    assert f"- mhc (this project), cold: {wanted}" in text
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
+    def planted(arguments, env, folder, more):
+        if any(folder.iterdir()):
+            raise KeyboardInterrupt
+        (folder / "filled").touch()
+        return dict.fromkeys(MOMENTS, 1.0), None
+
+    monkeypatch.setattr(module, "_start", planted)
+    code, rows, _ = run(TINY, tmp_path)
+    assert code == INTERRUPTED
+    assert list(rows) == [("ours", "cold")]
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"rivals": "ourz"}, "did you mean 'ours'"),
+        ({"shape": "3x2"}, "--shape: got '3x2'"),
+        ({"dtype": "int8"}, "unknown dtype"),
+        ({"bundle": "nowhere"}, "--bundle: nowhere/manifest.json: "),
+        ({"rival_envs": ("liger",)}, "--rival-env"),
+    ],
+)
+def test_a_bad_request_is_one_line(change, wanted, tmp_path):
+    change = {k: Path(v) if k == "bundle" else v for k, v in change.items()}
+    with pytest.raises(TuneError) as e:
+        run_startup(replace(TINY, out=tmp_path, **change))
+    assert wanted in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_row_without_a_start_is_dashes():
+    row = {"rival": "x", "label": "X", "setup": "cold", "samples": [], "failure": "why"}
+    result = {"hardware": {"name": "H"}, "versions": {}, "date": "", "command": "", "T": 1, "n": 1, "C": 1, "dtype": "", "rows": [row]}
+    assert "| X | cold | - | - | - | - | - | 0 |" in markdown(result)

@@ -1,0 +1,230 @@
+"""``mhc-tune startup``: how long a training script takes from its start to the end of its first step, ours and rivals.
+
+Each start is a process of its own (tuner/startup_worker.py): Python, torch, the implementation, one boundary around the identity layer,
+forward + backward twice. Three ways to start:
+
+* ``cold``: nothing was ever compiled here; every cache of TileLang, Triton, Inductor and CUDA is an empty folder;
+* ``cached``: the same once more, with the caches that the cold start filled;
+* ``bundle`` (ours, with ``--bundle``): empty caches again, programs from the bundle, and no compiler on PATH.
+
+Starts of different implementations take turns. Writes startup.json and startup.md.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhc.files import replace_file
+from tuner.bench_case import TOLERANCE, Shape
+from tuner.bench_display import BenchDisplay
+from tuner.bench_remote import find_env, parse_envs, python_command
+from tuner.bench_rivals import rival, rival_names
+from tuner.errors import INTERRUPTED, TuneError, unknown
+from tuner.hardware import Hardware, resolve
+from tuner.plan import split_names
+from tuner.timing import median
+
+#: Seconds for one start: some rivals compile for minutes.
+LIMIT_S = 600.0
+#: What is timed where nothing is asked for.
+SHAPES = {"cuda": "8192x4x2560", "cpu": "64x4x1280"}
+#: Where compilers keep what they made: variable -> name of an empty folder.
+CACHES = {
+    "TILELANG_CACHE_DIR": "tilelang",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "CUDA_CACHE_PATH": "cuda",
+    "DG_JIT_CACHE_DIR": "deep_gemm",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+}
+COMPILERS = ("CUDA_HOME", "CUDA_PATH", "NVCC", "CXX", "CC")
+#: Moments of a start, in their order.
+MOMENTS = ("python", "torch", "ready", "first", "second")
+
+
+@dataclass(frozen=True)
+class StartupRequest:
+    """The command line as typed; None means the default for the device."""
+
+    command: str
+    gpu: str = "auto"
+    shape: str | None = None
+    dtype: str = "bfloat16"
+    rivals: str | None = None
+    rival_envs: tuple[str, ...] = ()
+    bundle: Path | None = None
+    repeats: int = 3
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """One way to start one implementation."""
+
+    rival: str
+    setup: str
+
+
+def run_startup(request: StartupRequest) -> int:
+    """Measure, write and print. Returns the exit code: 0; 1 where ours did not start; 130 after Ctrl-C, with what was measured written.
+
+    Raises :class:`TuneError` for what the user can mend.
+    """
+    hardware, shape, rivals, envs, out = _plan(request)
+    result: dict[str, Any] = {
+        "schema": 1,
+        "hardware": asdict(hardware),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "command": request.command,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "T": shape.T,
+        "n": shape.n,
+        "C": shape.C,
+        "dtype": request.dtype,
+        "rows": [],
+    }
+    code = 0
+    try:
+        with BenchDisplay() as display:
+            display.stage("starting", request.repeats * (2 * len(rivals) + (request.bundle is not None)))
+            for _ in range(request.repeats):
+                for start, seconds, failure in _starts(rivals, request, hardware.device, shape, envs):
+                    _store(result, start, seconds, failure)
+                    display.tick(f"{start.rival}, {start.setup}")
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    _write(result, out)
+    print(markdown(result), end="")
+    return code or (1 if any(row["rival"] == "ours" and row["failure"] for row in result["rows"]) else 0)
+
+
+def _plan(request: StartupRequest) -> tuple[Hardware, Shape, list[str], dict[str, Path], Path]:
+    known = rival_names()
+    wanted = [name.replace("-", "_") for name in split_names(request.rivals) or ()]
+    envs = parse_envs(list(request.rival_envs))
+    for name in (*wanted, *envs):
+        if name not in known:
+            raise unknown("rival", name, known)
+    if request.dtype not in TOLERANCE:
+        raise unknown("dtype", request.dtype, TOLERANCE)
+    shape = None if request.shape is None else Shape.parse(request.shape, "--shape")
+    if request.bundle is not None:
+        from mhc.bundle import Bundle, BundleError
+
+        try:
+            Bundle(request.bundle)
+        except BundleError as e:
+            raise TuneError(f"--bundle: {e}") from None
+    hardware = resolve(request.gpu)
+    out = request.out or Path("results") / hardware.profile
+    # installed or not: one that is not says so when it is started
+    rivals = [name for name in known if name in wanted] if wanted else ["ours"]
+    return hardware, shape or Shape.parse(SHAPES[hardware.device]), rivals, envs, out
+
+
+Outcome = tuple[Start, "dict[str, float] | None", "str | None"]
+
+
+def _starts(rivals: list[str], request: StartupRequest, device: str, shape: Shape, envs: Mapping[str, Path]) -> Iterator[Outcome]:
+    """One round: every implementation cold and then cached, and ours from its bundle."""
+    for name in rivals:
+        arguments = [name, str(shape.T), str(shape.n), str(shape.C), request.dtype, device]
+        with tempfile.TemporaryDirectory(prefix="mhc-startup-") as folder:
+            for setup in ("cold", "cached"):
+                yield (Start(name, setup), *_start(arguments, find_env(name, envs), Path(folder), {}))
+        if name == "ours" and request.bundle is not None:
+            with tempfile.TemporaryDirectory(prefix="mhc-startup-") as folder:
+                variables = {"MHC_BUNDLE": str(request.bundle.absolute()), "PATH": ""}
+                yield (Start(name, "bundle"), *_start(arguments, find_env(name, envs), Path(folder), variables))
+
+
+def _start(arguments: list[str], env: Path | None, folder: Path, more: Mapping[str, str]) -> tuple[dict[str, float] | None, str | None]:
+    """Seconds since the process was started, by moment; or why it did not come so far, on one line."""
+    links = folder / "links"
+    links.mkdir(exist_ok=True)
+    command, variables = python_command(env, ["-m", "tuner.startup_worker", *arguments], links)
+    variables |= {variable: str(folder / name) for variable, name in CACHES.items()} | dict(more)
+    if "MHC_BUNDLE" not in more:
+        variables.pop("MHC_BUNDLE", None)
+    else:
+        variables = {k: v for k, v in variables.items() if k not in COMPILERS}
+    if arguments[-1] == "cpu":
+        variables.setdefault("MHC_BACKEND", "tilelang")  # on the CPU PyTorch may serve, and starts at once
+    begun = time.time()
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"took more than {LIMIT_S:.0f} s"
+    try:
+        said = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        lines = done.stderr.strip().splitlines()
+        return None, f"exit code {done.returncode}" + (f": {lines[-1].strip()[:300]}" if lines else "")
+    if "missing" in said:
+        return None, f"not installed: {said['missing']}"
+    return {moment: said[moment] - begun for moment in MOMENTS}, None
+
+
+def _store(result: dict[str, Any], start: Start, seconds: dict[str, float] | None, failure: str | None) -> None:
+    row = next((row for row in result["rows"] if (row["rival"], row["setup"]) == (start.rival, start.setup)), None)
+    if row is None:
+        row = {"rival": start.rival, "label": rival(start.rival).label, "setup": start.setup, "samples": [], "failure": None}
+        result["rows"].append(row)
+    if seconds is None:
+        row["failure"] = failure
+    else:
+        row["samples"].append({moment: round(value, 3) for moment, value in seconds.items()})
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, one line a way to start."""
+    lines = [
+        f"# From the start of a script to the end of its first step, {result['hardware']['name']}",
+        "",
+        ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + f"; {result['date']}.",
+        "",
+        f"Command: `{result['command']}`",
+        "",
+        f"One boundary, identity layer, forward + backward, T x n x C = {result['T']} x {result['n']} x {result['C']}, {result['dtype']}. "
+        "Seconds since the process was started, medians (least to most). Cold: every compiler's cache is empty; cached: filled by the cold "
+        "start; bundle: empty caches, programs compiled elsewhere, no compiler on PATH. Beyond torch: first step less the import of torch.",
+        "",
+        "| implementation | start | torch imported | ready | first step ended | beyond torch | second step | starts |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        cells = [row["label"], row["setup"], *_cells(row["samples"]), str(len(row["samples"]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\n- {row['label']}, {row['setup']}: {row['failure']}" for row in result["rows"] if row["failure"]]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(samples: list[dict[str, float]]) -> list[str]:
+    if not samples:
+        return ["-"] * 5
+    first = [s["first"] for s in samples]
+    return [
+        f"{median([s['torch'] for s in samples]):.2f}",
+        f"{median([s['ready'] for s in samples]):.2f}",
+        f"{median(first):.2f} ({min(first):.2f} to {max(first):.2f})",
+        f"{median([s['first'] - s['torch'] for s in samples]):.2f}",
+        f"{1e3 * median([s['second'] - s['first'] for s in samples]):.1f} ms",
+    ]
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    try:
+        replace_file(out / "startup.json", json.dumps(result, indent=1) + "\n")
+        replace_file(out / "startup.md", markdown(result))
+    except OSError as e:
+        raise TuneError(f"--out {out}: cannot be written: {e.strerror or e}") from None

@@ -1,0 +1,45 @@
+"""``python -m tuner.startup_worker RIVAL T n C DTYPE DEVICE``: start as a training script does, up to the end of its first step.
+
+Prints a JSON object: the wall clock (seconds since the epoch) when Python ran, when torch was imported, when the implementation was
+imported and its parameters were on the device, and when the first and the second forward + backward had ended; or ``{"missing": why}``.
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.time()
+
+import json  # noqa: E402  (what is imported is what is timed)
+import sys  # noqa: E402
+
+import torch  # noqa: E402
+
+TORCH = time.time()
+
+
+def main(name: str, T: str, n: str, C: str, dtype: str, device: str) -> None:
+    from tuner.bench_case import Case
+    from tuner.bench_rivals import rival
+    from tuner.errors import one_line
+
+    def done() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
+
+    case = Case.random(int(T), int(n), int(C), getattr(torch, dtype), torch.device(device))
+    try:
+        boundary = rival(name).make(case)
+    except ImportError as error:
+        print(json.dumps({"missing": one_line(error)}))
+        return
+    stamps = {"python": STARTED, "torch": TORCH, "ready": done()}
+    for step in ("first", "second"):
+        boundary.forward_backward(case.dy)
+        stamps[step] = done()
+    print(json.dumps(stamps))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
