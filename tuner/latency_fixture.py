@@ -17,13 +17,15 @@ from tuner.device_lock import hold, lock_name
 from tuner.device_state import Watch
 from tuner.errors import printable
 from tuner.latency_baseline import Baseline, Entry, other_device, path_of, read_baseline, refreshed, write_entries
-from tuner.regression import Change, Rule, judge
+from tuner.regression import Change, Rule, judge, noise_band
 from tuner.timing import Clock, median, median_interval
 
 #: Groups of samples, "runs"; samples of one, and milliseconds for them.
 RUNS, SAMPLES, SAMPLE_MS = 5, 100, 60.0
 #: Seconds of calls before the first run: caches, thread pools and clocks are then what they stay.
 WARM_S = 0.1
+#: Noise band of a measurement's own runs, as a share, from which they say nothing: as a baseline they would let everything pass.
+UNSTEADY = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Latency:
     their range).
 
     ``gbps``: GB/s (1e9 bytes), ``copy_share``: share of the bandwidth of a copy on this device; both None without ``bytes_moved``, the
-    latter also where there is no memory for a copy. ``change`` is None without a baseline. ``clock_mhz``: the SM clock, ``dirty``: why the
-    device was not steady; None where NVML does not tell.
+    latter also where there is no memory for a copy. ``change`` is None without a baseline. ``clock_mhz``: the SM clock, None where NVML
+    does not tell; ``dirty``: why the device was not steady, or None.
     """
 
     name: str
@@ -85,6 +87,8 @@ class _Device:
                 about = watch.report()
                 clocks += [about["clock_mhz"]] if about["clock_mhz"] is not None else []
                 dirty += [about["dirty"]] if about["dirty"] is not None else []
+        if not dirty and noise_band(runs) > UNSTEADY:
+            dirty.append(f"runs from {_us(min(runs))} to {_us(max(runs))}")
         return _Runs(runs, median(clocks) if clocks else None, dirty[0] if dirty else None)
 
     def copy_gbps(self) -> float | None:
@@ -169,7 +173,7 @@ class MHCLatency:
     ``call`` takes nothing; whatever it returns is dropped. It is called once (it may compile), for a tenth of a second to warm up, and then
     timed by :class:`tuner.timing.Clock` as the tuner times: on CUDA every sample begins with an L2 of other data and is taken by events, on
     the CPU with the host's clock and warm caches; alone on the device as far as tuner/device_lock.py reaches; samples during which the SM
-    clock fell are taken again. What looks regressed is measured a second time, and the faster of the two counts.
+    clock fell are taken again. What looks regressed, or was not steady, is measured a second time, and the better of the two counts.
 
     ``bytes_moved``: bytes that the call reads and writes, for ``gbps`` and ``copy_share``. ``name``: under which it is stored; default: the
     test's node id with its parameters. Give one where a test measures several things. ``device``: what the call runs on, where this is not
@@ -231,12 +235,17 @@ class MHCLatency:
     def _measure(self, call: Callable[[], object], bytes_moved: int | None, name: str, where: _Device) -> Latency:
         __tracebackhide__ = True
         call()  # without the lock: it may compile, for minutes
-        runs, entry, change = where.measure(call), where.entry(name), None
-        if entry is not None:
-            change = judge(runs.medians, entry.runs, entry.band, self._session.rule)
-            if change.verdict == "regressed" and not self._session.update:
-                runs = min(runs, where.measure(call), key=lambda r: median(r.medians))
-                change = judge(runs.medians, entry.runs, entry.band, self._session.rule)
+        entry, rule = where.entry(name), self._session.rule
+
+        def judged(runs: _Runs) -> Change | None:
+            return None if entry is None else judge(runs.medians, entry.runs, entry.band, rule)
+
+        runs = where.measure(call)
+        change = judged(runs)
+        if runs.dirty is not None or (change is not None and change.verdict == "regressed"):
+            again = where.measure(call)
+            runs = min(runs, again, key=lambda r: (r.dirty is not None, median(r.medians)))
+            change = judged(runs)
         us = median(runs.medians)
         copy = where.copy_gbps() if bytes_moved is not None else None
         gbps = None if bytes_moved is None else bytes_moved / us / 1e3
