@@ -101,7 +101,7 @@ class _Device:
 
     @property
     def copy_text(self) -> str:
-        return "" if self._copy_gbps is None else f", copy {self._copy_gbps:.1f} GB/s"
+        return "" if self._copy_gbps is None else f", copy {self._copy_gbps:.4g} GB/s"
 
     def _current(self) -> contextlib.AbstractContextManager[object]:
         """Events are recorded on the current device's stream."""
@@ -177,7 +177,8 @@ class MHCLatency:
 
     ``bytes_moved``: bytes that the call reads and writes, for ``gbps`` and ``copy_share``. ``name``: under which it is stored; default: the
     test's node id with its parameters. Give one where a test measures several things. ``device``: what the call runs on, where this is not
-    CUDA's current device, or the CPU where there is no CUDA.
+    CUDA's current device, or the CPU where there is no CUDA. A call that takes Python longer to launch than the L2 to fill, a tenth of a
+    millisecond or two, is timed with its gaps: to time the kernels alone, capture a CUDA graph and give its ``replay``.
 
     A run here is a group of samples in one process, not a process as in ``mhc-tune check``: buffers stay where they are, and what moving
     them changes, about a percent, is not in ``interval``, nor in the band of a baseline that was updated once. Updates in further processes
@@ -297,7 +298,7 @@ def _change(change: Change) -> str:
 def _line(latency: Latency) -> str:
     low, high = latency.interval
     parts = [printable(latency.name), f"{_us(latency.median_us)} [{_us(low)[:-3]}, {_us(high)[:-3]}]"]
-    parts += [f"{latency.gbps:.1f} GB/s"] if latency.gbps is not None else []
+    parts += [f"{latency.gbps:.4g} GB/s"] if latency.gbps is not None else []
     parts += [f"{latency.copy_share:.0%} of copy"] if latency.copy_share is not None else []
     parts += [_change(latency.change), latency.change.verdict] if latency.change is not None else ["no baseline"]
     parts += [f"SM {latency.clock_mhz:.0f} MHz"] if latency.clock_mhz is not None else []

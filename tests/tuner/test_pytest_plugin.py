@@ -265,7 +265,7 @@ def test_the_result_and_junit_properties_carry_everything(runner):
     runner.update()
     result = runner.run("--junitxml=junit.xml")
     result.assert_outcomes(passed=1)
-    says(result, "Planted CPU, copy 100.0 GB/s", "test_a  100.0 us [[]100.0, 100.0]  50.0 GB/s  50% of copy  +0.0% against 100.0 us  same")
+    says(result, "Planted CPU, copy 100 GB/s", "test_a  100.0 us [[]100.0, 100.0]  50 GB/s  50% of copy  +0.0% against 100.0 us  same")
     said = properties(runner)
     assert said["mhc_latency.median_us"] == "100"
     assert said["mhc_latency.copy_share"] == "0.5"
