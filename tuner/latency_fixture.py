@@ -239,7 +239,8 @@ class MHCLatency:
         entry, rule = where.entry(name), self._session.rule
 
         def judged(runs: _Runs) -> Change | None:
-            return None if entry is None else judge(runs.medians, entry.runs, entry.band, rule)
+            # the runs at hand are of identical code too
+            return None if entry is None else judge(runs.medians, entry.runs, max(entry.band, noise_band(runs.medians)), rule)
 
         runs = where.measure(call)
         change = judged(runs)

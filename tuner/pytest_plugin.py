@@ -12,11 +12,12 @@ Without ``--mhc-latency`` such tests are skipped; ``-m mhc_latency`` picks them.
     pytest --mhc-latency -m mhc_latency --mhc-latency-strict     # without a baseline it fails
 
 A kernel fails when it is slower than its baseline by more than ``--mhc-latency-tolerance`` (0.05), by more than 0.5 us, and by more than
-its noise band, which stands in the baseline (tuner/regression.py has the rule). Each update adds the runs of one more process to the
-baseline while the time stays what it was, up to eight of them, and makes the band of all: three updates after another teach it what
-processes differ by. An update with another time (a regression that is accepted, an improvement) begins anew. Only tests that ran and did
-not fail are updated; all others keep theirs. ``--mhc-latency-baseline`` (or the ini option ``mhc_latency_baseline``) names another file,
-ending in .json, or another folder, which holds a file a device.
+its noise band, which stands in the baseline, or that of the runs at hand where this is wider (tuner/regression.py has the rule). Each
+update adds the runs of one more process to the baseline while the time stays what it was, up to eight of them, and makes the band of all:
+three updates after another teach it what processes differ by. An update with another time (a regression that is accepted, an improvement)
+begins anew. Only tests that ran and did not fail are updated, on a device that was steady; all others keep theirs.
+``--mhc-latency-baseline`` (or the ini option ``mhc_latency_baseline``) names another file, ending in .json, or another folder, which holds
+a file a device.
 
 Not with pytest-xdist: other workers would run beside what is timed, on a CPU on the same cores. With workers ``--mhc-latency`` is refused;
 say ``-n0``. Of other processes, those that time by tuner/device_lock.py wait for each other.

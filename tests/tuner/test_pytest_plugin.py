@@ -214,6 +214,15 @@ def test_a_failed_test_and_an_unsteady_device_are_not_written(runner, monkeypatc
     assert properties(runner)["mhc_latency.clock_mhz"] == "1410"
 
 
+def test_what_the_runs_at_hand_differ_by_is_noise_too(runner, monkeypatch):
+    runner.update()
+    runs = latency_fixture._Runs([104.0, 109.0, 112.0, 115.0, 121.0], None, None)
+    monkeypatch.setattr(latency_fixture._Device, "measure", lambda self, call: runs)
+    result = runner.run("-k", "test_a")
+    result.assert_outcomes(passed=1, deselected=1)
+    says(result, "test_a  112.0 us [[]104.0, 121.0]  +12.0% against 100.0 us  noise")
+
+
 def test_runs_that_say_nothing_are_taken_again_and_never_a_baseline(runner):
     runner.test("def test_a(mhc_latency):\n    mhc_latency(iter(range(1, 10**6)).__next__)\n")
     result = runner.update()
