@@ -177,8 +177,9 @@ class MHCLatency:
 
     ``bytes_moved``: bytes that the call reads and writes, for ``gbps`` and ``copy_share``. ``name``: under which it is stored; default: the
     test's node id with its parameters. Give one where a test measures several things. ``device``: what the call runs on, where this is not
-    CUDA's current device, or the CPU where there is no CUDA. A call that takes Python longer to launch than the L2 to fill, a tenth of a
-    millisecond or two, is timed with its gaps: to time the kernels alone, capture a CUDA graph and give its ``replay``.
+    CUDA's current device, or the CPU where there is no CUDA; there its current stream is timed. A call that takes Python longer to launch
+    than the L2 to fill, a tenth of a millisecond or two, is timed with its gaps: to time the kernels alone, capture a CUDA graph and give
+    its ``replay``.
 
     A run here is a group of samples in one process, not a process as in ``mhc-tune check``: buffers stay where they are, and what moving
     them changes, about a percent, is not in ``interval``, nor in the band of a baseline that was updated once. Updates in further processes
@@ -204,8 +205,8 @@ class MHCLatency:
         if bytes_moved is not None and not 0 < bytes_moved < math.inf:
             raise ValueError(f"bytes_moved: got {bytes_moved}, wanted a number above 0, or None")
         name = self._test if name is None else name
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"name: got {name!r}, wanted some text")
+        if not isinstance(name, str) or not name.strip() or name.encode("utf-8", "replace").decode() != name:
+            raise ValueError(f"name: got {name!r}, wanted some text")  # a lone surrogate is none, and no JSON
         if name in self._names:
             raise ValueError(f"name: {name!r} is measured already in this test; wanted one of its own: mhc_latency(..., name=...)")
         session, where = self._session, self._session.device(device)

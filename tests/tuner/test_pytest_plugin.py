@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class Runner:
 
 @pytest.fixture
 def runner(pytester, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(pytester.path))  # device locks of its own
     monkeypatch.setattr(latency_fixture, "Clock", Planted)
     monkeypatch.setattr(latency_fixture, "WARM_S", 0.0)
     monkeypatch.setattr(latency_fixture, "device_name", lambda device: "Planted CPU")
@@ -283,7 +285,7 @@ def test_the_result_and_junit_properties_carry_everything(runner):
     assert said["mhc_latency.bare.before_us"] == "7"
 
 
-@pytest.mark.parametrize("argument", ["bytes_moved=0", "bytes_moved=-1", "name=''", "name=3", "device='mps'"])
+@pytest.mark.parametrize("argument", ["bytes_moved=0", "bytes_moved=-1", "name=''", "name=3", "name='\\udcff'", "device='mps'"])
 def test_a_wrong_argument_is_named(runner, argument):
     runner.test(f"def test_a(mhc_latency):\n    mhc_latency(lambda: 1.0, {argument})\n")
     says(runner.run(), f"ValueError: {argument.split('=')[0]}: got *")
