@@ -9,6 +9,9 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 import pytest
 import torch
 
+# the plugin of an installed package is there already, and is not loaded twice; a source tree's is not
+pytest_plugins = ["pytester", "tuner.pytest_plugin"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
