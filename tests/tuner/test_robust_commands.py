@@ -42,7 +42,7 @@ BEGINNINGS = (
     "dashboard._Server",
     "workers.WorkerPool",
     "bundle.WorkerPool",
-    "static_check.WorkerPool",
+    "compile_each.WorkerPool",
 )
 #: Arguments with which a command would begin, where it needs any.
 BASE = {
