@@ -421,9 +421,8 @@ def check(
     only = timed if static else {"--fingerprints": fingerprints, "--update": update or None}
     wrong = [option for option, value in only.items() if value is not None]
     if wrong:
-        raise TuneError(
-            f"{wrong[0]}: got it {'with' if static else 'without'} --static, which {'times nothing' if static else 'it is for'}"
-        )
+        why = "with --static, which times nothing" if static else "without --static, wanted both or none"
+        raise TuneError(f"{wrong[0]}: got it {why}")
     if not static:
         from tuner.latency_check import latency_check
         from tuner.latency_plan import LatencyRequest

@@ -13,8 +13,8 @@ file), ``against`` ({rev, commit} or null), ``baseline`` (file, or null), ``runs
 rate}, see :class:`tuner.noise.FalseAlarms`). Each of ``programs`` is an entry: kernel, program (its name), verdict ("regressed", "clocks",
 "improved", "noise", "same", "not measured"), findings (in words), ``key`` ({n, C, dtype, tokens}), ``causes`` (of
 :data:`tuner.attribution.CAUSES`), ``now`` and ``before`` ({runs: medians in us, config, impl, clock_mhz, dirty}, or null), ``now_us``,
-``before_us``, ``ratio`` (now / before), ``band`` (a share) and ``band_from`` ("calibration", "own runs", "pooled", "none"); the last five
-are null where nothing was compared.
+``before_us``, ``ratio`` (now / before; against a revision the median of the runs' ratios, and now_us is before_us times that), ``band``
+(a share) and ``band_from`` ("calibration", "own runs", "pooled", "none"); the last five are null where nothing was compared.
 """
 
 from __future__ import annotations
@@ -133,6 +133,14 @@ def _exit_code(report: Report, runs: Runs) -> int:
     return NOT_MEASURED if "not measured" in report.counts or runs.lost is not None else SAME
 
 
+def in_step(now: Sequence[float], before: Sequence[float]) -> list[float]:
+    """What ``now``'s runs would have taken, had ``before``'s, timed in turns with them, each been at their median; in microseconds. A clock
+    or a neighbour that slowed both by as much in some run is gone from them, and from what they differ by.
+    """
+    usual = median(before)
+    return [a / b * usual for a, b in zip(now, before, strict=True)]
+
+
 @dataclass
 class _Found:
     """What was measured, made into a report."""
@@ -203,8 +211,13 @@ class _Found:
                 yield self._row(name, "noted" if self.plan.baseline else "same", (text,), now, None)
                 continue
             if pooled is None:
-                pooled = pooled_band([m.runs for side in self.runs.found.values() for m in side.values()])
+                pooled = pooled_band([self._in_step(name) for name in self.runs.found[HERE]])
             yield self._compared(name, now, before, pooled)
+
+    def _in_step(self, name: str) -> list[float]:
+        """The runs of an entry, in microseconds; those of two revisions as :func:`in_step`."""
+        now = self.runs.found[HERE][name].runs
+        return now if self.other is None else in_step(now, self.runs.found[self.other.revision.name][name].runs)
 
     def _before(self, name: str) -> tuple[Measured, Origin] | None:
         """What the entry is compared with, as if it had been measured now; None where there is nothing."""
@@ -240,8 +253,9 @@ class _Found:
 
     def _compared(self, name: str, now: Measured, before: tuple[Measured, Origin], pooled: float) -> Row:
         was, its = before
-        band, source = self._band(name, now, was, pooled)
-        change = judge(now.runs, was.runs, band, self.plan.rule)
+        us = self._in_step(name)
+        band, source = self._band(name, us, pooled)
+        change = judge(us, was.runs, band, self.plan.rule)
         case = self.plan.cases[name]
         copy = median(self.runs.copy_gbps) if self.runs.copy_gbps and self.other is None else None
         mine = self._origin(case, now, KERNELS[case.kernel].source_hash, self.runs.programs[HERE].get(name), copy)
@@ -277,14 +291,14 @@ class _Found:
         data |= {"now_us": median(now.runs)} if now is not None else {}
         return Row(what.kernel, name, verdict, findings, data | dict(numbers or {}), now.seconds if now is not None else 0.0)
 
-    def _band(self, name: str, now: Measured, before: Measured, pooled: float) -> tuple[float, str]:
+    def _band(self, name: str, us: Sequence[float], pooled: float) -> tuple[float, str]:
         """The noise of an entry, and where it is known from."""
         if self.plan.noise is not None and name in self.plan.noise.entries:
             return self.plan.noise.entries[name].band, "calibration"
-        own = [noise_band(side.runs) for side in (now, before) if len(side.runs) > 1]
-        if not own:
+        if len(us) < 2:
             return 0.0, "none"
-        return (max(own), "own runs") if len(now.runs) >= ENOUGH_RUNS else (max(*own, pooled), "pooled")
+        own = noise_band(us)
+        return (own, "own runs") if len(us) >= ENOUGH_RUNS else (max(own, pooled), "pooled")
 
     def _about_bands(self, rows: Sequence[Row]) -> Iterator[str]:
         """Which noise the entries were judged by."""

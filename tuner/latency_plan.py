@@ -1,12 +1,13 @@
-"""What ``mhc-tune check`` is to measure: the device at hand, the entries, and what they are compared with. Everything that can be wrong with
-a command line or a file is found here, before anything is measured.
+"""What ``mhc-tune check`` is to measure: the device at hand, the entries, and what they are compared with.
+
+Everything that can be wrong with a command line or a file is found here, before anything is measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mhc.profile import packaged_dir, reason_against
@@ -35,7 +36,7 @@ class LatencyRequest:
 
     gpu: str = "auto"
     profile: str | None = None
-    selection: Selection = Selection()
+    selection: Selection = field(default_factory=Selection)
     baseline: Path | None = None
     against: str | None = None
     calibrate: int | None = None
@@ -56,13 +57,13 @@ class LatencyRequest:
     def rule(self) -> Rule:
         """Raises :class:`TuneError` for what is no share or no time."""
         rule = Rule()
-        for option, value, field in (("--tolerance", self.tolerance, "tolerance"), ("--floor-us", self.floor_us, "floor_us")):
+        for option, value, name in (("--tolerance", self.tolerance, "tolerance"), ("--floor-us", self.floor_us, "floor_us")):
             if value is None:
                 continue
             if not 0 <= value < math.inf:
-                wanted = "a share such as 0.05" if field == "tolerance" else "microseconds such as 0.5"
+                wanted = "a share such as 0.05" if name == "tolerance" else "microseconds such as 0.5"
                 raise TuneError(f"{option}: got {value:g}, wanted {wanted}")
-            rule = replace(rule, **{field: value})
+            rule = replace(rule, **{name: value})
         return rule
 
     def count(self) -> int:
@@ -213,7 +214,7 @@ def _defaults(selection: Selection, profile: Profile | None, hardware: Hardware)
     """Of kernels that the profile has no entry of: the default, at the workloads' token counts."""
     tuned = set() if profile is None else {entry.kernel for entry in profile.entries}
     keep = selection.keeps_shape()
-    found = {}
+    found: dict[str, Case] = {}
     for task in make_tasks([name for name in selection.names() if name not in tuned], selection.models(), hardware, None):
         p = task.p
         if keep(Shape(task.T, p.n, p.C), task.kernel):

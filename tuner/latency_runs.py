@@ -33,8 +33,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one entry is timed in a run: batches of ``rounds`` samples from each side in turn, at least two and at most ``batches``, none
-    begun after ``seconds`` a side. ``ahead``: runs whose processes start while another is measured; on a CPU that would be in its time.
+    """How long one entry is timed in a run: batches of ``rounds`` samples from each side in turn, at least two and at most ``batches``,
+    none begun after ``seconds`` a side. ``ahead``: runs whose processes start while another is measured; not on a CPU.
     """
 
     rounds: int
@@ -58,8 +58,8 @@ class Side:
 
 @dataclass
 class Measured:
-    """An entry of one side. ``runs``: the median of each in microseconds; ``clocks``: SM clock in MHz, None where not known; ``dirty``: what
-    disturbed each, or None; ``samples`` kept and ``dropped``; ``seconds`` it took.
+    """An entry of one side. ``runs``: the median of each in microseconds; ``clocks``: SM clock in MHz, None where not known; ``dirty``:
+    what disturbed each, or None; ``samples`` kept and ``dropped``; ``seconds`` it took.
     """
 
     runs: list[float] = field(default_factory=list)
@@ -85,8 +85,9 @@ class Measured:
 class Runs:
     """Runs over the names that every side has. ``lock``: the device's (tuner/device_lock.py). ``env``: what shows a process its device.
 
-    After :meth:`measure`, or an exception out of it: ``found[side][name]``, ``failed`` (name -> on one line why it has no time), ``programs``
-    (side -> name -> hash of the generated text), ``copy_gbps`` of the runs, ``done`` runs, and ``lost``: why nothing more can be measured.
+    After :meth:`measure`, or an exception out of it: ``found[side][name]``, ``failed`` (name -> on one line why it has no time),
+    ``programs`` (side -> name -> hash of the generated text), ``copy_gbps`` of the runs, ``done`` runs, and ``lost``: why nothing more can
+    be measured.
     """
 
     def __init__(
