@@ -26,7 +26,9 @@ GIT_S = 120.0
 
 @dataclass(frozen=True)
 class Revision:
-    """``rev`` as typed, its ``commit``, and what a process that runs it imports from, for :class:`tuner.workers.WorkerPool`."""
+    """``rev`` as typed, its ``commit``, and what a process that runs it imports from, for :class:`tuner.workers.WorkerPool`; the last
+    folder is the worktree.
+    """
 
     rev: str
     commit: str

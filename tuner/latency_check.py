@@ -19,6 +19,7 @@ rate}, see :class:`tuner.noise.FalseAlarms`). Each of ``programs`` is an entry: 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,7 +37,8 @@ from tuner.check_report import Report, Row, print_report, write_reports
 from tuner.display import make_console, microseconds
 from tuner.errors import INTERRUPTED, TuneError
 from tuner.explain import PLAIN_WIDTH
-from tuner.latency_job import Case, surface_job
+from tuner.latency_case import Case
+from tuner.latency_job import surface_job
 from tuner.latency_plan import LatencyRequest, Plan, make_plan
 from tuner.latency_runs import Measured, Runs, Side
 from tuner.noise import ENOUGH_RUNS, FalseAlarms, Noise, bands, false_alarms, noise_path, write_noise
@@ -80,7 +82,9 @@ def _other(plan: Plan, revision: Revision) -> Other:
     names = list(plan.cases)
     with WorkerPool(1, env=COMPILE_ENV, path=revision.path) as pool:
         try:
-            found = pool.submit(surface_job, plan.path.stem, [plan.cases[name] for name in names], timeout=SURFACE_S).result()
+            found = pool.submit(
+                surface_job, plan.path.stem, [plan.cases[name] for name in names], revision.path[-1], timeout=SURFACE_S
+            ).result()
         except WorkerError as e:
             raise TuneError(f"--against {revision.rev}: {revision.commit[:12]} has not what today's check needs of it: {e}") from None
     reasons: Counter[str] = Counter(why for why in found["cases"] if isinstance(why, str))
@@ -95,7 +99,7 @@ def _other(plan: Plan, revision: Revision) -> Other:
     if only:
         notes.append(f"only in {revision.name}: {_some(only)}")
     cases = {name: case for name, case in zip(names, found["cases"], strict=True) if isinstance(case, Case)}
-    if not cases:
+    if names and not cases:
         raise TuneError(f"--against {revision.rev}: nothing is in both revisions; {'; '.join(notes)}")
     return Other(revision, cases, found["hashes"], tuple(notes))
 
@@ -117,7 +121,8 @@ def _check(plan: Plan, other: Other | None, console: Console) -> int:
     except KeyboardInterrupt:
         interrupted = True
         if not runs.found[HERE]:
-            raise
+            print("mhc-tune: interrupted before anything was measured", file=sys.stderr)
+            return INTERRUPTED
     found = _Found(plan, other, runs, interrupted)
     report = found.report()
     print_report(report, console)

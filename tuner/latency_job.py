@@ -10,49 +10,33 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tuner.device_lock import hold, lock_name
 from tuner.device_process import clock_of, device_of, end_if_beyond_use, synchronize
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed: one kernel at ``tokens`` x ``n`` x ``C`` with a configuration, or its PyTorch reference."""
-
-    kernel: str
-    n: int
-    C: int
-    dtype: str
-    tokens: int
-    config: dict[str, Any]
-    impl: str = "tilelang"
-
+from tuner.latency_case import Case, label
 
 _call: Callable[[], object] | None = None
 
 
-def label(name: str, n: int, C: int, dtype: str, tokens: int) -> str:
-    """``pre n=4 C=2560 bfloat16 T=8192``, without what the program has not: entries that differ in nothing else are one measurement."""
-    from tl_kernels import KERNELS
-
-    kernel = KERNELS[name]
-    parts = [f"n={n}", f"C={C}" if kernel.has_channels else "", dtype if kernel.has_streams else ""]
-    return " ".join([name, *filter(None, parts), *([f"T={tokens}"] if kernel.has_tokens else [])])
-
-
-def surface_job(profile: str, wanted: list[Case]) -> dict[str, Any]:
-    """Everything that a check needs of the kernels and profiles imported here, at once. ``wanted``: entries of today's profile.
+def surface_job(profile: str, wanted: list[Case], root: str) -> dict[str, Any]:
+    """Everything that a check needs of the kernels and profiles imported here, at once. ``wanted``: entries of today's profile;
+    ``root``: the folder that they must come from.
 
     Returns ``profile``: whether there is one called so; ``cases``: one Case or a reason (str) for each of ``wanted``, the entry of that
     profile at the same key, else what it serves there; ``untuned``: how many are the latter; ``kernels``, ``entries``: names of all there
     are; ``hashes``: kernel -> source hash. Raises what a missing piece raises.
     """
+    import mhc
+    import tl_kernels
     from mhc.profile import choose_from, packaged_dir, packaged_names, read_profile
     from tl_kernels import KERNELS, NAMES
     from tl_kernels.launch import Launcher, compile_kernel
 
+    for package in (mhc, tl_kernels):
+        if not Path(str(package.__file__)).resolve().is_relative_to(Path(root).resolve()):
+            raise RuntimeError(f"it has no package {package.__name__}")
     for piece in (Launcher.empty_outputs, Launcher.__call__, compile_kernel):
         assert callable(piece)
     found = read_profile(packaged_dir() / f"{profile}.yaml") if profile in packaged_names() else None

@@ -18,7 +18,7 @@ from tuner.devices import aim, pick, visible_devices
 from tuner.errors import TuneError
 from tuner.explain import Shape
 from tuner.hardware import CPU, Hardware, find_compiler, resolve
-from tuner.latency_job import Case, label
+from tuner.latency_case import Case, label
 from tuner.noise import Noise, noise_path, read_noise
 from tuner.plan import make_tasks
 from tuner.regression import Rule
@@ -82,7 +82,7 @@ class LatencyRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything is by the names of :func:`tuner.latency_job.label`.
+    """Everything is by the names of :func:`tuner.latency_case.label`.
 
     ``entries``: of the profile; what it has not is measured with the kernel's default. ``cases``: what to time; ``refused``: why not.
     ``before``: the baseline's entries, ``where`` it was measured. ``noise``: the calibration, if it is this device's. ``env``: what shows a
@@ -211,7 +211,9 @@ def _cases(entries: Mapping[str, Entry]) -> tuple[dict[str, Case], dict[str, str
 
 
 def _defaults(selection: Selection, profile: Profile | None, hardware: Hardware) -> dict[str, Case]:
-    """Of kernels that the profile has no entry of: the default, at the workloads' token counts."""
+    """The default, at the workloads' token counts, of kernels that were asked for by name and have no entry; of all without a profile."""
+    if profile is not None and selection.kernels is None:
+        return {}
     tuned = set() if profile is None else {entry.kernel for entry in profile.entries}
     keep = selection.keeps_shape()
     found: dict[str, Case] = {}

@@ -20,7 +20,8 @@ from tuner.compile_each import compile_each, progress_bar
 from tuner.device_lock import DeviceBusy, hold
 from tuner.device_process import GPU_GONE
 from tuner.display import duration
-from tuner.latency_job import Case, batch_job, build_job, copy_job, prepare_job, start_job
+from tuner.latency_case import Case
+from tuner.latency_job import batch_job, build_job, copy_job, prepare_job, start_job
 from tuner.timing import median
 from tuner.workers import MEASURE_ENV, WorkerError, WorkerPool
 
@@ -151,7 +152,7 @@ class Runs:
             with hold(self._lock, timeout_s=BUSY_S):
                 self.copy_gbps.append(pools[0].submit(copy_job, self.target, timeout=JOB_S).result())
         except (WorkerError, DeviceBusy) as e:
-            self.lost = str(e)
+            self.lost = str(e).removeprefix("FatalError: ")
             return
         for name in self.names:
             if name not in self.failed:
@@ -159,7 +160,7 @@ class Runs:
                     self._entry(name, pools)
                 except _Failed as e:
                     if GPU_GONE in str(e):
-                        self.lost = str(e)
+                        self.lost = str(e).removeprefix("FatalError: ")
                         return
                     self.failed[name] = str(e)
             yield

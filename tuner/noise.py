@@ -37,7 +37,7 @@ class Band(_Strict):
 
 
 class Noise(_Strict):
-    """A file of them, by the entry's name (:func:`tuner.latency_job.label`), and where, with what and when they were measured."""
+    """A file of them, by the entry's name (:func:`tuner.latency_case.label`), and where, with what and when they were measured."""
 
     schema_version: Literal[1] = 1
     gpu: Text
