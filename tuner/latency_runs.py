@@ -124,6 +124,8 @@ class Runs:
             with progress_bar(self._console) as progress:
                 bar = progress.add_task("measuring", total=runs * len(self.names))
                 for run in range(runs):
+                    if all(name in self.failed for name in self.names):
+                        return
                     while len(pending) < min(1 + self.budget.ahead, runs - run):
                         pending.append([WorkerPool(1, env=self._env, path=side.path) for side in self.sides])
                         for pool in pending[-1]:
