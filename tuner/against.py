@@ -41,17 +41,18 @@ class Revision:
 
 def repository() -> Path:
     """The checkout that this tuner is part of. Raises :class:`TuneError` in a wheel's installation, and without git."""
-    top = Path(tuner.__file__).resolve().parents[1]
+    top, why = Path(tuner.__file__).resolve().parents[1], ""
     try:
         found = _git(top, "rev-parse", "--show-toplevel")
         # an environment may well lie in somebody's repository
         tracked = _git(top, "ls-files", "--", "tuner/__init__.py") if os.path.samefile(found, top) else ""
     except OSError as e:
         raise TuneError(f"--against: git cannot be run: {e.strerror or e}") from None
-    except (ValueError, subprocess.SubprocessError):
-        tracked = ""
+    except (ValueError, subprocess.SubprocessError) as e:
+        said = str(getattr(e, "stderr", None) or "").strip()  # also that the folder is somebody else's
+        tracked, why = "", f" ({printable(said)[:200]})" if said else ""
     if not tracked:
-        raise TuneError(f"--against: {top} is no git checkout of this project, wanted one to take the other revision from")
+        raise TuneError(f"--against: {top} is no git checkout of this project{why}, wanted one to take the other revision from")
     return top
 
 

@@ -113,7 +113,12 @@ def make_plan(request: LatencyRequest) -> Plan:
             check_writable(file, option)
     hardware, path = _device_and_profile(request)
     # a device without a profile has its defaults, which can be compared with another revision's
-    needed = request.mode == "baseline" and request.baseline is None
+    needed = request.mode == "baseline"
+    if needed and request.profile is None and not path.exists():
+        raise TuneError(
+            f"--gpu {hardware.profile}: there is no profile {path}; tune first: mhc-tune --gpu {hardware.profile}; "
+            "or compare with another revision: --against GIT_REV"
+        )
     profile = load(path) if needed or request.profile is not None or path.exists() else None
     if profile is not None and profile.provenance.arch != hardware.arch:
         where = profile.provenance

@@ -14,7 +14,8 @@ import pytest
 
 import tuner
 from tests.tuner import planted_latency as planted
-from tests.tuner.test_latency_check import by_kernel, check, entry, profile  # noqa: F401  # fixtures
+from tests.tuner.conftest import make_entry as entry
+from tests.tuner.test_latency_check import by_kernel
 from tuner import against
 from tuner.against import worktree
 from tuner.errors import TuneError
@@ -132,12 +133,12 @@ def test_ten_percent_is_caught_on_a_gpu_and_nothing_else(clone):
     assert 1.05 < rows["pre"]["ratio"] < 1.2
 
 
-def test_planted_ten_percent_in_runs_that_differ_by_more(check, profile, here, tmp_path):  # noqa: F811
+def test_planted_ten_percent_in_runs_that_differ_by_more(check_here, profile_here, here, tmp_path):
     """What hits both revisions of a run does not hide it."""
-    path, file = profile(entry("pre"), entry("post_res"), entry("sinkhorn")), tmp_path / "c.json"
+    path, file = profile_here(entry("pre"), entry("post_res"), entry("sinkhorn")), tmp_path / "c.json"
     args = ("--profile", path, "--against", "HEAD", "--runs", 5, "--json", file)
     drift = [1.0, 1.3, 0.8, 1.1, 1.5]
-    code, out = check(*args, us={"pre": 110.0, "post_res": 90.0}, runs=drift, program="new", other_program="old")
+    code, out = check_here(*args, us={"pre": 110.0, "post_res": 90.0}, runs=drift, program="new", other_program="old")
     assert code == 1, out
     assert "1 regressed, 1 improved, 1 same" in out
     assert "code: the generated program differs (old -> new)" in out
@@ -145,18 +146,18 @@ def test_planted_ten_percent_in_runs_that_differ_by_more(check, profile, here, t
     assert pre["now"]["runs"] == pytest.approx([110.0 * f for f in drift])
     assert pre["before"]["runs"] == pytest.approx([100.0 * f for f in drift])
     assert (pre["before_us"], pre["ratio"]) == (pytest.approx(110.0), pytest.approx(1.1))
-    code, out = check(*args, runs=drift)
+    code, out = check_here(*args, runs=drift)
     assert code == 0, out
     assert "3 entries, 3 same" in out
     assert left_over(here) == (0, [])
 
 
-def test_what_only_one_revision_has_is_noted(check, profile, here, tmp_path):  # noqa: F811
+def test_what_only_one_revision_has_is_noted(check_here, profile_here, here, tmp_path):
     names = (here / "tl_kernels" / "__init__.py").read_text()
-    path, file = profile(entry("pre"), entry("sum_parts")), tmp_path / "c.json"
+    path, file = profile_here(entry("pre"), entry("sum_parts")), tmp_path / "c.json"
     (here / "tl_kernels" / "__init__.py").write_text(names.replace('    "sum_parts",\n', '    "sum_of_parts",\n'))
     commit(here)
-    code, out = check("--profile", path, "--against", "HEAD", "--json", file, surface=True)
+    code, out = check_here("--profile", path, "--against", "HEAD", "--json", file, surface=True)
     assert code == 0, out
     assert "1 entries are not in HEAD (" in out
     assert "there is no kernel sum_parts" in out
@@ -167,12 +168,12 @@ def test_what_only_one_revision_has_is_noted(check, profile, here, tmp_path):  #
     assert list(by_kernel(file)) == ["pre"]
 
 
-def test_the_other_revisions_profile_says_what_is_measured_there(check, profile, here, tmp_path):  # noqa: F811
-    path, file = profile(entry("pre", C=1280, config={"block_C": 640, "threads": 64})), tmp_path / "c.json"
+def test_the_other_revisions_profile_says_what_is_measured_there(check_here, profile_here, here, tmp_path):
+    path, file = profile_here(entry("pre", C=1280, config={"block_C": 640, "threads": 64})), tmp_path / "c.json"
     theirs = path.read_text().replace("threads: 64", "threads: 32")
     (here / "configs" / "mine.yaml").write_text(theirs)
     commit(here)
-    code, out = check("--profile", path, "--against", "HEAD", "--json", file, surface=True, us={"pre": 150.0})
+    code, out = check_here("--profile", path, "--against", "HEAD", "--json", file, surface=True, us={"pre": 150.0})
     assert code == 1, out
     assert by_kernel(file)["pre"]["causes"] == ["configuration"]
     assert by_kernel(file)["pre"]["before"]["config"]["threads"] == 32
@@ -180,8 +181,8 @@ def test_the_other_revisions_profile_says_what_is_measured_there(check, profile,
 
 
 @pytest.mark.parametrize("fault", ["crashes", "Ctrl-C", planted.SECOND + "Ctrl-C", "does not compile"])
-def test_the_worktree_is_gone_however_it_ends(check, profile, here, fault):  # noqa: F811
-    code, out = check("--profile", profile(entry("pre"), entry("post_res")), "--against", "HEAD", faults={"post_res": fault})
+def test_the_worktree_is_gone_however_it_ends(check_here, profile_here, here, fault):
+    code, out = check_here("--profile", profile_here(entry("pre"), entry("post_res")), "--against", "HEAD", faults={"post_res": fault})
     assert code == (130 if "Ctrl-C" in fault else 3), out
     assert left_over(here) == (0, [])
 
@@ -238,17 +239,16 @@ def test_a_process_of_a_worktree_runs_its_kernels_and_todays_tuner(here):
     ("file", "old", "new", "words"),
     [
         ("mhc/profile.py", "def choose_from(", "def choose_of(", "cannot import name 'choose_from'"),
-        ("tl_kernels/launch.py", "class Launcher:", "class Starter:", "Launcher"),
         ("tl_kernels/__init__.py", "", None, "it has no package tl_kernels"),
     ],
 )
-def test_a_revision_that_lacks_a_piece_is_one_line(check, profile, here, file, old, new, words):  # noqa: F811
+def test_a_revision_that_lacks_a_piece_is_one_line(check_here, profile_here, here, file, old, new, words):
     if new is None:
         shutil.rmtree(here / "tl_kernels")
     else:
         (here / file).write_text((here / file).read_text().replace(old, new))
     commit(here)
-    code, out = check("--profile", profile(entry("pre")), "--against", "HEAD", surface=True)
+    code, out = check_here("--profile", profile_here(entry("pre")), "--against", "HEAD", surface=True)
     assert (code, out.count("\n")) == (2, 1), out
     assert re.match(r"mhc-tune: --against HEAD: [0-9a-f]{12} has not what today's check needs of it: ", out)
     assert words in out
@@ -256,24 +256,24 @@ def test_a_revision_that_lacks_a_piece_is_one_line(check, profile, here, file, o
 
 
 @pytest.mark.parametrize("rev", ["nope", "", "-x", "--help", "HEAD:tuner", "a\nb", "\udcff", "HEAD..HEAD", "x" * 300])
-def test_no_revision_is_one_line(check, profile, here, rev):  # noqa: F811
-    code, out = check("--profile", profile(entry("pre")), f"--against={rev}")
+def test_no_revision_is_one_line(check_here, profile_here, here, rev):
+    code, out = check_here("--profile", profile_here(entry("pre")), f"--against={rev}")
     assert (code, out.count("\n")) == (2, 1), out
     assert "no such revision" in out
 
 
-def test_outside_a_checkout_is_one_line(check, profile, monkeypatch, tmp_path):  # noqa: F811
+def test_outside_a_checkout_is_one_line(check_here, profile_here, monkeypatch, tmp_path):
     """As from a wheel; also where the environment lies in a repository that is another project's."""
     (tmp_path / "site" / "tuner").mkdir(parents=True)
     monkeypatch.setattr(tuner, "__file__", str(tmp_path / "site" / "tuner" / "__init__.py"))
     for init in (tmp_path / "x", tmp_path, tmp_path / "site"):
         init.mkdir(exist_ok=True)
         git(init, "init", "--quiet")
-        code, out = check("--profile", profile(entry("pre")), "--against", "HEAD")
+        code, out = check_here("--profile", profile_here(entry("pre")), "--against", "HEAD")
         assert (code, out.count("\n")) == (2, 1), out
         assert "site is no git checkout of this project" in out
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("tuner.latency_plan.find_compiler", lambda hardware: "g++")
-    code, out = check("--profile", profile(entry("pre")), "--against", "HEAD")
+    code, out = check_here("--profile", profile_here(entry("pre")), "--against", "HEAD")
     assert code == 2
     assert "--against: git cannot be run" in out

@@ -1,17 +1,13 @@
 """mhc-tune check: verdicts, exit codes and every output, over planted times in real processes; and one real run on the CPU."""
 
 import json
-import sys
-import tempfile
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from mhc.profile import save_profile
-from mhc.schema import Entry, Profile, Provenance
 from tests.tuner import planted_latency as planted
-from tl_kernels import KERNELS
-from tuner import cli, latency_check, latency_job, latency_runs
+from tests.tuner.conftest import make_entry as entry
+from tuner import latency_runs
 from tuner.hardware import cpu_model
 from tuner.latency_check import in_step
 from tuner.noise import noise_path, read_noise
@@ -19,62 +15,15 @@ from tuner.noise import noise_path, read_noise
 TIMED = ("--baseline", "--against", "--calibrate", "--runs", "--tolerance", "--floor-us")
 
 
-def entry(kernel, C=64, tokens=64, **fields):
-    spec = KERNELS[kernel]
-    measured = {"time_us": 100.0, "time_ci_us": (99.0, 101.0), "gbps": 1.0, "copy_share": 0.5, "default_us": 100.0, "verdict": "default"}
-    config = {"config": spec.default(spec.problem(4, C)), "error": {"u": 0.0}, "source_hash": spec.source_hash}
-    return Entry(**{"kernel": kernel, "n": 4, "C": C, "dtype": "bfloat16", "tokens": tokens, **measured, **config, **fields})
-
-
-@pytest.fixture
-def profile(tmp_path):
-    """A function that writes a profile of these entries, measured here, and gives its path."""
-    import tilelang
-    import torch
-
-    versions = {"torch": torch.__version__, "tilelang": tilelang.__version__}
-    where = Provenance(gpu=cpu_model(), arch="cpu", copy_gbps=30.0, seed=0, trials=1, date="2026-11-22", command="x", **versions)
-
-    def write(*entries, name="mine.yaml", **changes):
-        save_profile(Profile(schema_version=1, provenance=where.model_copy(update=changes), entries=list(entries)), tmp_path / name)
-        return tmp_path / name
-
-    return write
-
-
-@pytest.fixture
-def check(monkeypatch, capsys, tmp_path):
-    """``check(*args, **planted) -> exit code, what was printed``: the command in this process, its measuring processes planted.
-
-    ``real``: they are not; ``surface``: whether what looks at another revision is not either.
-    """
-    monkeypatch.setattr("tuner.hardware._gpu", lambda: None)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a device lock of its own
-
-    def run(*args, real=False, surface=False, **spec):
-        for job in () if real else ("start", "copy", "build", "prepare", "batch"):
-            monkeypatch.setattr(latency_runs, f"{job}_job", getattr(planted, f"{job}_planted"))
-        monkeypatch.setattr(latency_check, "surface_job", latency_job.surface_job if surface else planted.surface_planted)
-        folder = tempfile.mkdtemp(dir=tmp_path)
-        monkeypatch.setenv(planted.VARIABLE, json.dumps({"folder": folder, **spec}))
-        monkeypatch.setattr(sys, "argv", ["mhc-tune", "check", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            cli.main()
-        printed = capsys.readouterr()
-        return e.value.code, printed.out + printed.err
-
-    return run
-
-
 def by_kernel(path):
     return {row["kernel"]: row for row in json.loads(path.read_text())["programs"]}
 
 
-def test_ten_percent_is_caught_and_gains_are_told_in_every_output(check, profile, tmp_path):
-    path = profile(entry("pre"), entry("post_res"), entry("sinkhorn"), entry("sinkhorn", C=128), entry("pre_bwd", source_hash="old"))
+def test_ten_percent_is_caught_and_gains_are_told_in_every_output(check_here, profile_here, tmp_path):
+    path = profile_here(entry("pre"), entry("post_res"), entry("sinkhorn"), entry("sinkhorn", C=128), entry("pre_bwd", source_hash="old"))
     wanted = {"--json": tmp_path / "c.json", "--junit": tmp_path / "c.xml", "--summary": tmp_path / "c.md"}
     args = ("--profile", path, *[x for pair in wanted.items() for x in pair])
-    code, out = check(*args)
+    code, out = check_here(*args)
     assert code == 0, out
     assert "4 entries, 4 same" in out
     assert "[run 3/3]" in out
@@ -82,7 +31,7 @@ def test_ten_percent_is_caught_and_gains_are_told_in_every_output(check, profile
     assert "1 entries were tuned for another version of their kernel" in out
     assert wanted["--summary"].read_text().startswith("### Passed: mine, against")
 
-    code, out = check(*args, us={"pre": 110.0, "post_res": 80.0, "pre_bwd": 120.0}, runs=[1.0, 1.01, 0.99])
+    code, out = check_here(*args, us={"pre": 110.0, "post_res": 80.0, "pre_bwd": 120.0}, runs=[1.0, 1.01, 0.99])
     assert code == 1, out
     assert "2 regressed, 1 improved, 1 same" in out
     assert "100.0 -> 110.0 us (+10.0%; band" in out
@@ -119,26 +68,26 @@ def test_ten_percent_is_caught_and_gains_are_told_in_every_output(check, profile
     assert text.count("\n|") == 2 + 3, "a head and what moved"
 
 
-def test_noise_the_rule_and_its_options(check, profile):
-    path = profile(entry("pre"))
+def test_noise_the_rule_and_its_options(check_here, profile_here):
+    path = profile_here(entry("pre"))
     slow, jumpy = {"pre": 110.0}, [1.0, 1.2, 0.85, 1.0, 1.1]
-    code, out = check("--profile", path, "--runs", 5, us=slow, runs=jumpy)
+    code, out = check_here("--profile", path, "--runs", 5, us=slow, runs=jumpy)
     assert code == 0, out
     assert "1 entries, 1 noise" in out
     assert "1 entries by what their own runs of this check differ by" in out
-    assert check("--profile", path, "--runs", 5, us=slow)[0] == 1
-    assert check("--profile", path, "--runs", 1, "--tolerance", 0.2, us=slow)[0] == 0
-    assert check("--profile", path, "--runs", 1, "--floor-us", 11, us=slow)[0] == 0
-    code, out = check("--profile", path, "--runs", 1, us=slow)
+    assert check_here("--profile", path, "--runs", 5, us=slow)[0] == 1
+    assert check_here("--profile", path, "--runs", 1, "--tolerance", 0.2, us=slow)[0] == 0
+    assert check_here("--profile", path, "--runs", 1, "--floor-us", 11, us=slow)[0] == 0
+    code, out = check_here("--profile", path, "--runs", 1, us=slow)
     assert code == 1
     assert "noise: unknown for 1 entries" in out
 
 
-def test_calibration_writes_bands_that_later_checks_judge_by(check, profile, tmp_path):
-    path = profile(entry("pre"), entry("post_res"))
+def test_calibration_writes_bands_that_later_checks_judge_by(check_here, profile_here, tmp_path):
+    path = profile_here(entry("pre"), entry("post_res"))
     runs = [1.0, 1.01, 0.99, 1.005, 0.995, 1.25]
     out_json = tmp_path / "c.json"
-    code, out = check("--profile", path, "--calibrate", 6, "--json", out_json, runs=runs)
+    code, out = check_here("--profile", path, "--calibrate", 6, "--json", out_json, runs=runs)
     assert code == 0, out
     assert "false alarms: 2 of 12 (16.67%; 2 entries, 6 runs each judged against the others), in 1 of 6 runs" in out
     alarms = json.loads(out_json.read_text())["false_alarms"]
@@ -150,43 +99,43 @@ def test_calibration_writes_bands_that_later_checks_judge_by(check, profile, tmp
         "post_res": (6, True),
     }
 
-    code, out = check("--profile", path, us={"pre": 115.0})
+    code, out = check_here("--profile", path, us={"pre": 115.0})
     assert code == 0, out
     assert "(+15.0%; band 24" in out
     assert "2 entries by the calibration of " in out
     # a part is written into the whole
-    assert check("--profile", path, "--calibrate", 3, "--kernels", "pre")[0] == 0
+    assert check_here("--profile", path, "--calibrate", 3, "--kernels", "pre")[0] == 0
     found = read_noise(noise_path(path)).entries
     assert {name.split()[0]: (band.runs, band.band) for name, band in found.items()}["pre"] == (3, 0.0)
     assert len(found) == 2
-    assert check("--profile", path, us={"pre": 115.0})[0] == 1
+    assert check_here("--profile", path, us={"pre": 115.0})[0] == 1
 
     noise_path(path).write_text(noise_path(path).read_text().replace(cpu_model(), "another CPU"))
-    code, out = check("--profile", path)
+    code, out = check_here("--profile", path)
     assert code == 0
     assert "its bands are of another CPU" in out
     noise_path(path).write_text('{"entries": {"pre": 1}}')
-    code, out = check("--profile", path)
+    code, out = check_here("--profile", path)
     assert (code, out.count("\n")) == (2, 1)
     assert f"{noise_path(path)}: " in out
     assert "gpu: missing" in out
 
 
-def test_clocks_warn_unless_strict(check, profile):
-    args = ("--profile", profile(entry("pre", clock_mhz=1980.0)), "--runs", 2)
-    code, out = check(*args, us={"pre": 112.0}, clock=1755.0)
+def test_clocks_warn_unless_strict(check_here, profile_here):
+    args = ("--profile", profile_here(entry("pre", clock_mhz=1980.0)), "--runs", 2)
+    code, out = check_here(*args, us={"pre": 112.0}, clock=1755.0)
     assert code == 0, out
     assert "1 entries, 1 clocks" in out
     assert "SM clock 1980 -> 1755 MHz" in out
-    assert check(*args, "--strict", us={"pre": 112.0}, clock=1755.0)[0] == 1
-    assert check(*args, us={"pre": 112.0}, clock=1980.0)[0] == 1
-    assert "this timing was disturbed: hw_slowdown" in check(*args, us={"pre": 112.0}, clock=1980.0, dirty="hw_slowdown")[1]
+    assert check_here(*args, "--strict", us={"pre": 112.0}, clock=1755.0)[0] == 1
+    assert check_here(*args, us={"pre": 112.0}, clock=1980.0)[0] == 1
+    assert "this timing was disturbed: hw_slowdown" in check_here(*args, us={"pre": 112.0}, clock=1980.0, dirty="hw_slowdown")[1]
 
 
-def test_another_baseline_and_what_only_one_profile_has(check, profile):
-    path = profile(entry("pre"), entry("post_res"))
-    other = profile(entry("pre", time_us=90.0, config={"block_C": 32, "threads": 64}), entry("pre_bwd"), name="base.yaml", torch="2.0")
-    code, out = check("--profile", path, "--baseline", other)
+def test_another_baseline_and_what_only_one_profile_has(check_here, profile_here):
+    path = profile_here(entry("pre"), entry("post_res"))
+    other = profile_here(entry("pre", time_us=90.0, config={"block_C": 32, "threads": 64}), entry("pre_bwd"), name="base.yaml", torch="2.0")
+    code, out = check_here("--profile", path, "--baseline", other)
     assert code == 1, out
     assert "1 regressed, 1 noted" in out
     assert "configuration: block_C" in out
@@ -205,12 +154,12 @@ def test_another_baseline_and_what_only_one_profile_has(check, profile):
         (planted.SECOND + "crashes", "its process died (SIGSEGV)"),
     ],
 )
-def test_what_cannot_be_measured_costs_its_entry_alone(check, profile, monkeypatch, tmp_path, fault, words):
+def test_what_cannot_be_measured_costs_its_entry_alone(check_here, profile_here, monkeypatch, tmp_path, fault, words):
     if fault == "hangs":
         monkeypatch.setattr(latency_runs, "JOB_S", 2.0)
-    path, file = profile(entry("post_res"), entry("pre"), entry("sinkhorn")), tmp_path / "c.json"
+    path, file = profile_here(entry("post_res"), entry("pre"), entry("sinkhorn")), tmp_path / "c.json"
     args = ("--profile", path, "--runs", 2, "--json", file, "--junit", tmp_path / "c.xml")
-    code, out = check(*args, faults={"pre": fault})
+    code, out = check_here(*args, faults={"pre": fault})
     assert code == 3, out
     rows = by_kernel(file)
     assert rows["pre"]["verdict"] == "not measured"
@@ -219,54 +168,54 @@ def test_what_cannot_be_measured_costs_its_entry_alone(check, profile, monkeypat
     assert [len(rows[k]["now"]["runs"]) for k in ("post_res", "sinkhorn")] == [2, 2]
     assert ET.parse(tmp_path / "c.xml").getroot().attrib["errors"] == "1"
     if fault == "raises":
-        assert check(*args, faults={"pre": fault}, us={"post_res": 120.0})[0] == 1
+        assert check_here(*args, faults={"pre": fault}, us={"post_res": 120.0})[0] == 1
 
 
-def test_a_lost_gpu_ends_it_and_keeps_what_was_measured(check, profile, tmp_path):
-    path, file = profile(entry("pre"), entry("post_res"), entry("sinkhorn")), tmp_path / "c.json"
-    code, out = check("--profile", path, "--json", file, faults={"post_res": planted.SECOND + "gone"})
+def test_a_lost_gpu_ends_it_and_keeps_what_was_measured(check_here, profile_here, tmp_path):
+    path, file = profile_here(entry("pre"), entry("post_res"), entry("sinkhorn")), tmp_path / "c.json"
+    code, out = check_here("--profile", path, "--json", file, faults={"post_res": planted.SECOND + "gone"})
     assert code == 3, out
     assert "stopped in run 2 of 3: the GPU is gone" in out
     assert {k: (row["verdict"], len(row["now"]["runs"])) for k, row in by_kernel(file).items()} == {
         "pre": ("same", 2), "post_res": ("same", 1), "sinkhorn": ("same", 1),
     }  # fmt: skip
-    code, out = check("--profile", path, "--json", file, faults={"post_res": "gone"})
+    code, out = check_here("--profile", path, "--json", file, faults={"post_res": "gone"})
     assert code == 3, out
     assert by_kernel(file)["sinkhorn"]["verdict"] == "not measured"
 
 
-def test_ctrl_c_reports_what_was_measured(check, profile, tmp_path):
-    path, file = profile(entry("pre"), entry("post_res")), tmp_path / "c.json"
-    code, out = check("--profile", path, "--json", file, us={"pre": 120.0}, faults={"post_res": planted.SECOND + "Ctrl-C"})
+def test_ctrl_c_reports_what_was_measured(check_here, profile_here, tmp_path):
+    path, file = profile_here(entry("pre"), entry("post_res")), tmp_path / "c.json"
+    code, out = check_here("--profile", path, "--json", file, us={"pre": 120.0}, faults={"post_res": planted.SECOND + "Ctrl-C"})
     assert code == 130, out
     whole = json.loads(file.read_text())
     assert (whole["exit_code"], whole["runs"]) == (130, 1)
     assert any(note.startswith("interrupted in run 2 of 3") for note in whole["notes"])
     assert by_kernel(file)["pre"]["verdict"] == "regressed"
-    code, out = check("--profile", path, faults={"pre": "Ctrl-C"})
+    code, out = check_here("--profile", path, faults={"pre": "Ctrl-C"})
     assert (code, out.splitlines()[-1]) == (130, "mhc-tune: interrupted before anything was measured")
     # too few runs for a band
-    code, out = check("--profile", path, "--calibrate", 9, faults={"post_res": planted.SECOND + "Ctrl-C"})
+    code, out = check_here("--profile", path, "--calibrate", 9, faults={"post_res": planted.SECOND + "Ctrl-C"})
     assert code == 130
     assert "stays as it was: 1 complete runs" in out
     assert not noise_path(path).exists()
 
 
-def test_a_configuration_that_its_kernel_no_longer_takes_is_not_measured(check, profile):
-    code, out = check("--profile", profile(entry("pre", config={"block_C": 64, "warps": 2}), entry("post_res")))
+def test_a_configuration_that_its_kernel_no_longer_takes_is_not_measured(check_here, profile_here):
+    code, out = check_here("--profile", profile_here(entry("pre", config={"block_C": 64, "warps": 2}), entry("post_res")))
     assert code == 3, out
     assert "its config has block_C, warps, wanted block_C, threads" in out
 
 
-def test_kernels_without_an_entry_are_measured_by_name_where_no_entry_is_needed(check, profile, tmp_path):
-    path, file = profile(entry("pre")), tmp_path / "c.json"
+def test_kernels_without_an_entry_are_measured_by_name_where_no_entry_is_needed(check_here, profile_here, tmp_path):
+    path, file = profile_here(entry("pre")), tmp_path / "c.json"
     args = ("--profile", path, "--kernels", "pre,post_res", "--shapes", "64x4x1280,64x4x64", "--json", file)
-    assert check(*args, "--calibrate", 3)[0] == 0
+    assert check_here(*args, "--calibrate", 3)[0] == 0
     assert [row["program"] for row in json.loads(file.read_text())["programs"]] == [
         "pre n=4 C=64 bfloat16 T=64",
         "post_res n=4 C=1280 bfloat16 T=64",
     ]
-    assert check(*args)[0] == 0
+    assert check_here(*args)[0] == 0
     assert list(by_kernel(file)) == ["pre"]
 
 
@@ -306,18 +255,18 @@ def test_kernels_without_an_entry_are_measured_by_name_where_no_entry_is_needed(
         ),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(check, profile, args, words):
-    paths = {"MINE": profile(entry("pre")), "GPU": profile(entry("pre"), name="gpu.yaml", gpu="NVIDIA H100", arch="sm_90a")}
-    paths["OTHER"] = profile(entry("pre"), name="other.yaml", gpu="AMD K6")
-    code, out = check(*[paths.get(arg, arg) for arg in args])
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(check_here, profile_here, args, words):
+    paths = {"MINE": profile_here(entry("pre")), "GPU": profile_here(entry("pre"), name="gpu.yaml", gpu="NVIDIA H100", arch="sm_90a")}
+    paths["OTHER"] = profile_here(entry("pre"), name="other.yaml", gpu="AMD K6")
+    code, out = check_here(*[paths.get(arg, arg) for arg in args])
     assert code == 2, out
     assert words in out
     assert out.count("\n") == 1
 
 
-def test_a_cpus_times_are_compared_with_anothers_where_that_was_asked_for(check, profile):
-    other = profile(entry("pre"), name="other.yaml", gpu="AMD K6")
-    code, out = check("--profile", other, "--baseline", other)
+def test_a_cpus_times_are_compared_with_anothers_where_that_was_asked_for(check_here, profile_here):
+    other = profile_here(entry("pre"), name="other.yaml", gpu="AMD K6")
+    code, out = check_here("--profile", other, "--baseline", other)
     assert code == 0, out
     assert "its times are of AMD K6" in out
 
@@ -326,13 +275,13 @@ def test_runs_in_step_lose_what_hit_both():
     assert in_step([110.0, 220.0, 99.0], [100.0, 200.0, 90.0]) == pytest.approx([110.0, 110.0, 110.0])
 
 
-def test_a_real_run_on_the_cpu(check, profile, tmp_path):
+def test_a_real_run_on_the_cpu(check_here, profile_here, tmp_path):
     """Its kernel takes microseconds, the profile says a second and a nanosecond."""
     path, file = (
-        profile(entry("pre", time_us=1e6), entry("pre_bwd", time_us=1e-3), entry("sinkhorn", impl="reference", time_us=1e-3)),
+        profile_here(entry("pre", time_us=1e6), entry("pre_bwd", time_us=1e-3), entry("sinkhorn", impl="reference", time_us=1e-3)),
         tmp_path / "c.json",
     )
-    code, out = check("--profile", path, "--runs", 2, "--json", file, real=True)
+    code, out = check_here("--profile", path, "--runs", 2, "--jobs", 1, "--json", file, real=True)
     assert code == 1, out
     rows = by_kernel(file)
     assert {k: row["verdict"] for k, row in rows.items()} == {"pre": "improved", "pre_bwd": "regressed", "sinkhorn": "regressed"}
