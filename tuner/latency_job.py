@@ -99,7 +99,12 @@ def start_job() -> None:
 def copy_job(target: str) -> float:
     """Copy bandwidth in GB/s. The caller holds the device's lock."""
     device = device_of(target)
-    return _on(device, lambda: clock_of(device).copy_gbps())
+    gbps: float = _on(device, lambda: clock_of(device).copy_gbps())
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()  # or the entries would lie in its gigabytes, and those of the other revision elsewhere
+    return gbps
 
 
 def prepare_job(case: Case, target: str, seed: int) -> None:

@@ -47,6 +47,8 @@ def slow_down(folder, percent):
 @pytest.fixture
 def clone(tmp_path):
     """A repository of its own with what is tracked here, as it stands: one commit."""
+    if shutil.which("git") is None:
+        pytest.skip("no git")
     folder = tmp_path / "clone"
     folder.mkdir()
     for name in ("tl_kernels", "mhc", "tuner", "configs", "pyproject.toml"):

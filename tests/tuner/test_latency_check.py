@@ -7,9 +7,11 @@ import pytest
 
 from tests.tuner import planted_latency as planted
 from tests.tuner.conftest import make_entry as entry
-from tuner import latency_runs
+from tl_kernels import KERNELS
+from tuner import latency_job, latency_runs
 from tuner.hardware import cpu_model
-from tuner.latency_check import in_step
+from tuner.latency_case import Case, label
+from tuner.latency_report import in_step
 from tuner.noise import noise_path, read_noise
 
 TIMED = ("--baseline", "--against", "--calibrate", "--runs", "--tolerance", "--floor-us")
@@ -269,6 +271,22 @@ def test_a_cpus_times_are_compared_with_anothers_where_that_was_asked_for(check_
     code, out = check_here("--profile", other, "--baseline", other)
     assert code == 0, out
     assert "its times are of AMD K6" in out
+
+
+def test_a_process_that_follows_one_that_died_has_nothing_to_time(monkeypatch):
+    monkeypatch.setattr(latency_job, "_call", None)
+    with pytest.raises(RuntimeError, match="nothing is prepared"):
+        latency_job.batch_job("cpu", 3)
+    latency_job.prepare_job(Case("pre", 2, 96, "bfloat16", 40, KERNELS["pre"].default(KERNELS["pre"].problem(2, 96))), "cpu", 0)
+    taken = latency_job.batch_job("cpu", 3)
+    assert len(taken["samples"]) == 3
+    assert min(taken["samples"]) > 0
+    assert (taken["clock_mhz"], taken["dropped"], taken["dirty"]) == (None, 0, None)
+
+
+def test_an_entry_is_called_by_what_its_kernel_has():
+    names = [label(kernel, 4, 2560, "bfloat16", 8192) for kernel in ("pre", "sinkhorn", "sum_parts")]
+    assert names == ["pre n=4 C=2560 bfloat16 T=8192", "sinkhorn n=4 T=8192", "sum_parts n=4 C=2560"]
 
 
 def test_runs_in_step_lose_what_hit_both():
