@@ -9,10 +9,12 @@ from tests.tuner import planted_latency as planted
 from tests.tuner.conftest import make_entry as entry
 from tl_kernels import KERNELS
 from tuner import latency_job, latency_runs
+from tuner.device_state import State, Watch
 from tuner.hardware import cpu_model
 from tuner.latency_case import Case, label
 from tuner.latency_report import in_step
 from tuner.noise import noise_path, read_noise
+from tuner.timing import Clock
 
 TIMED = ("--baseline", "--against", "--calibrate", "--runs", "--tolerance", "--floor-us")
 
@@ -282,6 +284,21 @@ def test_a_process_that_follows_one_that_died_has_nothing_to_time(monkeypatch):
     assert len(taken["samples"]) == 3
     assert min(taken["samples"]) > 0
     assert (taken["clock_mhz"], taken["dropped"], taken["dirty"]) == (None, 0, None)
+
+
+class Throttled:
+    """A monitor of a GPU that is too hot."""
+
+    def clock(self):
+        return State(sm_mhz=1200.0, reasons=("hw_thermal_slowdown",))
+
+
+def test_a_batch_says_what_the_clocks_were(monkeypatch):
+    monkeypatch.setattr(latency_job, "clock_of", lambda device: Clock("cpu", Watch(Throttled())))
+    monkeypatch.setattr(latency_job, "_call", lambda: None)
+    taken = latency_job.batch_job("cpu", 8)
+    assert (len(taken["samples"]), taken["clock_mhz"], taken["dropped"]) == (8, 1200.0, 24)
+    assert taken["dirty"].startswith("hw_thermal_slowdown")
 
 
 def test_an_entry_is_called_by_what_its_kernel_has():
