@@ -75,6 +75,8 @@ def _funnel(value: Any) -> dict[str, int]:
     return dict(value)
 
 
+#: An ISO 8601 date.
+Date = Annotated[str, BeforeValidator(_date)]
 Interval = Annotated[tuple[float, float] | None, _optional(_interval)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

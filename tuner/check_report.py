@@ -21,16 +21,24 @@ VERDICTS = {
     "regressed": ("red", True),
     "not compiled": ("red", True),
     "uncovered": ("red", True),
+    "not measured": ("red", True),
     "warned": ("yellow", False),
+    "clocks": ("yellow", False),
     "better": ("green", False),
+    "improved": ("green", False),
+    "noise": ("", False),
     "noted": ("", False),
     "same": ("dim", False),
 }
 
 
+#: Of those that fail: a CI server counts them as errors, not as failures.
+ERRORS = ("not compiled", "not measured")
+
+
 @dataclass(frozen=True)
 class Row:
-    """One program: ``findings`` in words, the worst first; ``data`` goes into the JSON as it is."""
+    """One program, or entry: ``findings`` in words, the worst first; ``data`` goes into the JSON as it is."""
 
     kernel: str
     name: str
@@ -42,11 +50,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole check. ``notes``: what holds for all rows, a sentence each."""
+    """A whole check. ``notes``: what holds for all rows, a sentence each; ``what`` a row is; ``data`` goes into the JSON as it is."""
 
     title: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    what: str = "program"
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -57,7 +67,8 @@ class Report:
     @property
     def headline(self) -> str:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items())
-        return f"{self.title}: {len(self.rows)} programs, {counts or 'nothing to compare'}"
+        plural = {"entry": "entries"}.get(self.what, f"{self.what}s")
+        return f"{self.title}: {len(self.rows)} {plural}, {counts or 'nothing to compare'}"
 
     @property
     def moved(self) -> list[Row]:
@@ -70,7 +81,7 @@ def print_report(report: Report, console: Console) -> None:
     """The rows that moved, and the counts."""
     if report.moved:
         table = Table(title_justify="left", pad_edge=False)
-        table.add_column("program", overflow="fold")
+        table.add_column(report.what, overflow="fold")
         table.add_column("verdict", no_wrap=True)
         table.add_column("what changed", overflow="fold")
         for row in report.moved:
@@ -86,14 +97,15 @@ def json_text(report: Report, exit_code: int) -> str:
         {"kernel": row.kernel, "program": row.name, "verdict": row.verdict, "findings": list(row.findings), **row.data}
         for row in report.rows
     ]
-    whole = {"title": report.title, "exit_code": exit_code, "counts": report.counts, "notes": list(report.notes), "programs": rows}
+    whole = {"title": report.title, "exit_code": exit_code, "counts": report.counts, "notes": list(report.notes), **report.data}
+    whole["programs"] = rows
     return json.dumps(whole, indent=1) + "\n"
 
 
 def junit_text(report: Report) -> str:
-    """A test case a program: what fails the check is a failure, what did not compile an error."""
+    """A test case a row: what fails the check is a failure, what did not compile or was not measured an error."""
     failing = sum(count for verdict, count in report.counts.items() if VERDICTS[verdict][1])
-    errors = report.counts.get("not compiled", 0)
+    errors = sum(report.counts.get(verdict, 0) for verdict in ERRORS)
     attributes = {"tests": str(len(report.rows)), "failures": str(failing - errors), "errors": str(errors)}
     root = ET.Element("testsuites", attributes)
     suite = ET.SubElement(root, "testsuite", {"name": report.title, **attributes})
@@ -102,7 +114,7 @@ def junit_text(report: Report) -> str:
         # a control character is no XML, not even escaped
         text = "\n".join(map(printable, row.findings))
         if VERDICTS[row.verdict][1]:
-            tag = "error" if row.verdict == "not compiled" else "failure"
+            tag = "error" if row.verdict in ERRORS else "failure"
             ET.SubElement(case, tag, {"message": printable(text), "type": row.verdict}).text = text
         elif text:
             ET.SubElement(case, "system-out").text = f"{row.verdict}: {text}"
@@ -114,7 +126,7 @@ def markdown_text(report: Report) -> str:
     failed = any(VERDICTS[verdict][1] for verdict in report.counts)
     lines = [f"### {'Failed' if failed else 'Passed'}: {_cell(report.headline)}", ""]
     if report.moved:
-        lines += ["| program | verdict | what changed |", "| --- | --- | --- |"]
+        lines += [f"| {report.what} | verdict | what changed |", "| --- | --- | --- |"]
         lines += [f"| {_cell(row.name)} | {row.verdict} | {'<br>'.join(map(_cell, row.findings))} |" for row in report.moved]
         lines.append("")
     lines += [f"{_cell(note)}\n" for note in report.notes]

@@ -20,45 +20,25 @@ from tl_kernels.launch import Launcher
 from tl_kernels.spec import Config, Problem
 from tuner.confirm import rounds_needed
 from tuner.device_lock import hold, lock_name
-from tuner.device_state import Watch
+from tuner.device_process import clock_of, device_of, end_if_beyond_use, synchronize
 from tuner.effort import Effort
-from tuner.errors import one_line
 from tuner.gate import RAGGED, Case, GateError, check, reference_fp64
 from tuner.inputs import make_inputs
 from tuner.timing import Clock, median, median_interval
-from tuner.worker_main import FatalError
 
 #: Share of the device's memory that kept cases may take, and bytes on the CPU.
 KEEP_SHARE = 0.25
 KEEP_CPU_BYTES = 1 << 30
-#: How every error begins that no other candidate on this machine would be spared.
-GPU_GONE = "the GPU is gone"
 _cases: OrderedDict[tuple[Any, ...], Case] = OrderedDict()
 
 
 R = TypeVar("R")
 
 
-def _device(target: str) -> str:
-    """``"cpu"`` or ``"cuda"``. Raises :class:`FatalError` where CUDA finds no device: a process started after the GPU was lost."""
-    if target == "cpu":
-        return "cpu"
-    try:
-        torch.cuda.init()
-    except Exception as e:
-        raise FatalError(f"{GPU_GONE}: {one_line(e)}") from None
-    return "cuda"
-
-
-@functools.cache
-def _clock(device: str) -> Clock:
-    return Clock(device, Watch.of(device))
-
-
 def _time(device: str, body: Callable[[Clock], R]) -> tuple[R, dict[str, Any]]:
     """Run ``body`` alone on the device. Returns its result and what the clocks were, ``timing_s`` included (waiting is not)."""
     with hold(lock_name(device)):
-        start, clock = time.perf_counter(), _clock(device)
+        start, clock = time.perf_counter(), clock_of(device)
         clock.watch.start()
         result = body(clock)
         return result, {**clock.watch.report(), "timing_s": time.perf_counter() - start}
@@ -82,12 +62,6 @@ def _case(name: str, p: Problem, T: int, device: str, seed: int, answer: bool) -
     return _cases[key]
 
 
-def _synchronize(device: str) -> None:
-    """Before the lock is given up: what was enqueued must not run on into somebody's timing."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 def _make_room() -> None:
     _cases.clear()
     torch.cuda.empty_cache()
@@ -104,11 +78,7 @@ def _guard(device: str, body: Callable[[], R]) -> R:
     except GateError:
         raise
     except Exception as e:
-        if device != "cpu":
-            try:
-                torch.cuda.synchronize()
-            except Exception:  # an illegal access or a launch failure stays with the context
-                raise FatalError(one_line(e)) from e
+        end_if_beyond_use(device, e)
         raise
 
 
@@ -119,7 +89,7 @@ def measure_job(
     counts), time_us, time_ci_us, samples (how many), clock_mhz, dropped and dirty (tuner/device_state.py), gate_s and timing_s in seconds;
     or ``{"outcome": "wrong", "reason": ..., "gate_s": ...}``. Raises what the launch raises.
     """
-    device = _device(target)
+    device = device_of(target)
 
     def body() -> dict[str, Any]:
         launcher = Launcher(KERNELS[name], p, cfg, target)
@@ -136,7 +106,7 @@ def measure_job(
                 return {"outcome": "wrong", "reason": str(e), "gate_s": time.perf_counter() - start}
             case = _case(name, p, T, device, seed, bool(full))
             out = launcher.empty_outputs(T, case.inputs[0].device)
-            _synchronize(device)
+            synchronize(device)
             gate_s = time.perf_counter() - start
         call = functools.partial(launcher, *case.inputs, out=out)
         (samples, slow), about = _time(device, lambda clock: clock.measure(call, effort.samples, effort.sample_ms, best_us))
@@ -159,13 +129,13 @@ def confirm_job(
     """Time configurations (and, last, the PyTorch reference in the stream dtype) side by side. Returns ``{"samples": one list of
     microseconds each, "clock_mhz", "dropped", "dirty"}``, of all of them together.
     """
-    device = _device(target)
+    device = device_of(target)
     kernel = KERNELS[name]
 
     def body() -> dict[str, Any]:
         with hold(lock_name(device), shared=True):
             case = _case(name, p, T, device, seed, device != "cpu")
-            _synchronize(device)
+            synchronize(device)
         calls: list[Callable[[], Any]] = []
         for cfg in cfgs:
             launcher = Launcher(kernel, p, cfg, target)
@@ -195,5 +165,5 @@ def run_reference(name: str, p: Problem, inputs: tuple[torch.Tensor, ...]) -> tu
 
 def copy_job(target: str) -> float:
     """Copy bandwidth in GB/s."""
-    device = _device(target)
+    device = device_of(target)
     return _guard(device, lambda: _time(device, lambda clock: clock.copy_gbps())[0])

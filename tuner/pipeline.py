@@ -19,12 +19,13 @@ from mhc.schema import Entry
 from tuner.compile_job import compile_job
 from tuner.compiling import Compiling
 from tuner.deadline import Deadline
+from tuner.device_process import GPU_GONE
 from tuner.devices import Device
 from tuner.display import Display
 from tuner.entry import Confirmation, entries_of, stored_entry
 from tuner.errors import TuneError
 from tuner.ladder import hopeless
-from tuner.measure_job import GPU_GONE, confirm_job, copy_job, measure_job
+from tuner.measure_job import confirm_job, copy_job, measure_job
 from tuner.phases import Phases
 from tuner.runner import Job, Runner
 from tuner.search import SYNC_S, ConfirmationFatal, Search

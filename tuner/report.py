@@ -380,9 +380,10 @@ def _checks(name: str, device: Device) -> Section:
     for file in device.checks:
         check = file.data
         counts = ", ".join(f"{count} {verdict}" for verdict, count in check.counts.items()) or "nothing to compare"
-        about = f"{file.path.name}: {check.title}: {len(check.programs)} programs, {counts}; exit code {check.exit_code}"
+        what = "programs" if check.mode == "static" else f"entries, {check.runs} runs"
+        about = f"{file.path.name}: {check.title}: {len(check.programs)} {what}, {counts}; exit code {check.exit_code}"
         shown.append((about, tables.checked(check)))
-    return Section(name, title, "Only programs that are not the same as before have a line.", tables=tuple(shown))
+    return Section(name, title, "Only what is not the same as before has a line.", tables=tuple(shown))
 
 
 def _searches(name: str, device: Device) -> Section:
@@ -438,7 +439,7 @@ def sources(device: Device, page: Path) -> list[Source]:
             runs[0].command if len(runs) == 1 else f"{len(runs)} runs, their commands are above",
         )
     for check in device.checks:
-        add(check.path, "check for slower kernels", "not recorded", "mhc-tune check --json")
+        add(check.path, "check for slower kernels", check.data.date, check.data.command)
     if device.replay is not None:
         add(device.replay.path, "replays of the search", device.replay.data.date, device.replay.data.command)
     for path in device.files:

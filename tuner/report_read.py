@@ -228,12 +228,34 @@ class Checked(_Read):
     program: str
     verdict: str
     findings: list[str] = []
+    # of a check that times: microseconds, and shares
+    causes: list[str] = []
+    before_us: Above0 | None = None
+    now_us: Above0 | None = None
+    ratio: Above0 | None = None
+    band: From0 | None = None
+
+
+class FalseAlarms(_Read):
+    """Of a calibration, see tuner/noise.py."""
+
+    entries: Count
+    runs: Count
+    judged: Count
+    regressed: Count
+    runs_with_alarm: Count
+    rate: From0
 
 
 class Check(_Read):
-    """What mhc-tune check wrote with --json."""
+    """What mhc-tune check wrote with --json; what has a default is not of --static (tuner/latency_check.py)."""
 
     title: str
+    mode: str = "static"
+    date: str = "not recorded"
+    command: str = "mhc-tune check --json"
+    runs: Count = 0
+    false_alarms: FalseAlarms | None = None
     exit_code: int
     counts: dict[str, Count] = {}
     notes: list[str] = []

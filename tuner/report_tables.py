@@ -266,13 +266,38 @@ def replayed(replay: Replay) -> Table:
 
 
 def checked(check: Check) -> Table:
-    """A line a program that is not the same as before."""
+    """A line a program, or timed entry, that is not the same as before."""
+    if check.mode != "static":
+        return _timed(check)
     rows = [
         _row(p.program, p.kernel, p.verdict, "; ".join(p.findings), mark="floor" if p.verdict in BAD else "")
         for p in check.programs
         if p.verdict != "same"
     ]
     return Table(["program", "kernel", "verdict", "what changed"], rows, 4, list(check.notes))
+
+
+def _timed(check: Check) -> Table:
+    rows = [
+        _row(
+            p.program,
+            p.verdict,
+            "; ".join(p.causes or ([] if p.before_us else p.findings)) or NOTHING,
+            microseconds(p.before_us),
+            microseconds(p.now_us),
+            NOTHING if p.ratio is None else f"{p.ratio - 1:+.1%}",
+            NOTHING if p.band is None else f"{p.band:.1%}",
+            mark="floor" if p.verdict in BAD else "",
+        )
+        for p in check.programs
+        if p.verdict != "same"
+    ]
+    alarms = check.false_alarms
+    notes = list(check.notes)
+    if alarms is not None:
+        how = f"{alarms.regressed} of {alarms.judged} ({alarms.entries} entries, {alarms.runs} runs of identical code)"
+        notes.insert(0, f"False alarms: {percent(alarms.rate)}, {how}; {alarms.runs_with_alarm} runs had one.")
+    return Table(["entry", "verdict", "cause", "before us", "now us", "change", "noise"], rows, 3, notes)
 
 
 def versions(bench: Bench) -> str:

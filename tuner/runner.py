@@ -12,12 +12,8 @@ from typing import Any
 
 from tuner.devices import Device
 from tuner.phases import Phases
-from tuner.storage import STORAGE_VARIABLE
 from tuner.study import Config, Study
-from tuner.workers import WorkerPool
-
-# OpenMP threads that spin lose their core on a busy machine, and then a 20 us cast takes a scheduler's quantum of 8 ms
-_ENV = {"TILELANG_PRINT_ON_COMPILATION": "0", "OMP_WAIT_POLICY": "passive", STORAGE_VARIABLE: "", "MHC_BUNDLE": ""}
+from tuner.workers import MEASURE_ENV, WorkerPool
 
 
 @dataclass
@@ -43,7 +39,7 @@ class Runner:
 
     def __init__(self, device: Device, log: Path | None, phases: Phases) -> None:
         self.device = device
-        self.pool = WorkerPool(1, env={**_ENV, **device.env}, log=log)
+        self.pool = WorkerPool(1, env={**MEASURE_ENV, **device.env}, log=log)
         self.jobs: deque[Job] = deque()
         self.last: Study | None = None
         self.copy: Future[float] | None = None

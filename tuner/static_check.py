@@ -11,33 +11,29 @@ about to change the compiler that ships.
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mhc.profile import ProfileError, packaged_dir, packaged_names, read_profile, reason_against
-from mhc.schema import Entry, Profile
-from tl_kernels import KERNELS, NAMES
+from mhc.profile import reason_against
+from mhc.schema import Profile
+from tl_kernels import KERNELS
 from tl_kernels.spec import Kernel, Problem
 from tuner.check_report import Report, Row, print_report, write_reports
-from tuner.display import duration, make_console
-from tuner.errors import TuneError, unknown
-from tuner.explain import PLAIN_WIDTH, Shape, parse_shape
+from tuner.compile_each import compile_each
+from tuner.display import make_console
+from tuner.errors import TuneError
+from tuner.explain import PLAIN_WIDTH
 from tuner.fingerprint import Fingerprint, Fingerprints, fingerprint_job, fingerprints_path, read_fingerprints, write_fingerprints
 from tuner.fingerprint_rules import compare
 from tuner.hardware import Hardware, find_compiler
-from tuner.plan import pick_kernels, pick_workloads, split_names
 from tuner.sass import find_nvdisasm
-from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
-from tuner.workloads import Workload, WorkloadError, load_workloads
+from tuner.selection import Selection, find_profile, load, nothing_passes
+from tuner.workers import WorkerError
 
 SAME, REGRESSED, NOT_COMPILED = 0, 1, 3
 
@@ -60,9 +56,8 @@ class StaticRequest:
     summary: Path | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nothing of the profile is left out."""
-        return self.kernels is None and self.workloads is None and self.shapes is None
+    def selection(self) -> Selection:
+        return Selection(self.kernels, self.workloads, self.shapes)
 
 
 @dataclass(frozen=True)
@@ -77,38 +72,13 @@ class Program:
     stale: bool
 
 
-def find_profile(gpu: str, profile: str | None) -> tuple[str, Path]:
-    """The name and file of the profile to check: the one named, this machine's GPU's, or the only one of a GPU that is packaged."""
-    if profile is not None:
-        if gpu != "auto":
-            raise TuneError("--profile and --gpu: got both, wanted one of them")
-        path = Path(profile) if os.sep in profile or profile.endswith((".yaml", ".yml")) else packaged_dir() / f"{profile}.yaml"
-        return profile, path
-    names = [name for name in packaged_names() if name != "cpu"]
-    wanted = gpu.strip().lower()
-    if wanted == "auto":
-        from tuner.hardware import resolve
-
-        here = resolve("auto").profile
-        if here not in names and len(names) != 1:
-            raise TuneError(f"--gpu auto: got no GPU with a profile, wanted one of {', '.join(names) or 'none'}")
-        wanted = here if here in names else names[0]
-    if wanted not in names:
-        raise unknown("--gpu", wanted, names)
-    return wanted, packaged_dir() / f"{wanted}.yaml"
-
-
 def programs_of(profile: Profile, request: StaticRequest) -> list[Program]:
     """The distinct programs of a profile's entries, those of the filters, in the profile's order. Raises :class:`TuneError`."""
     from tuner.bench_compile import describe
 
-    kernels = pick_kernels(split_names(request.kernels))
-    keep = _filter(request)
     found: dict[str, Program] = {}
-    for entry in profile.entries:
-        if entry.kernel not in NAMES:
-            raise TuneError(f"entry of {entry.kernel!r}: unknown kernel (there are {', '.join(NAMES)})")
-        if entry.kernel not in kernels or entry.impl == "reference" or not keep(entry):
+    for entry in request.selection.entries(profile):
+        if entry.impl == "reference":
             continue
         kernel = KERNELS[entry.kernel]
         p = kernel.problem(entry.n, entry.C, entry.dtype)
@@ -117,29 +87,8 @@ def programs_of(profile: Profile, request: StaticRequest) -> list[Program]:
             why_not = reason_against(kernel, p, entry.config, kernel.default(p))
             found[name] = Program(name, kernel, p, dict(entry.config), why_not, entry.source_hash != kernel.source_hash)
     if not found:
-        raise TuneError("--kernels, --workloads, --shapes: got filters that no entry of the profile passes, wanted one that does")
+        raise nothing_passes()
     return list(found.values())
-
-
-def _filter(request: StaticRequest) -> Callable[[Entry], bool]:
-    workloads: Iterable[Workload] | None = None
-    if request.workloads is not None:
-        try:
-            workloads = pick_workloads(split_names(request.workloads), load_workloads())
-        except WorkloadError as e:
-            raise TuneError(f"--workloads: {e}") from None
-    shapes = None if request.shapes is None else [parse_shape(text, "--shapes") for text in request.shapes.split(",")]
-
-    def keep(entry: Entry) -> bool:
-        # a program without C in it, or without T, has an entry at every C, or one at some T
-        of_model = workloads is None or any((w.n, w.C, w.dtype) == (entry.n, entry.C, entry.dtype) for w in workloads)
-        return of_model and (shapes is None or any(_fits(shape, entry) for shape in shapes))
-
-    return keep
-
-
-def _fits(shape: Shape, entry: Entry) -> bool:
-    return (shape.n, shape.C) == (entry.n, entry.C) and (entry.tokens == shape.T or not KERNELS[entry.kernel].has_tokens)
 
 
 def static_check(request: StaticRequest, console: Console | None = None) -> int:
@@ -147,10 +96,7 @@ def static_check(request: StaticRequest, console: Console | None = None) -> int:
     if console is None:
         console = make_console(PLAIN_WIDTH)
     name, path = find_profile(request.gpu, request.profile)
-    try:
-        profile = read_profile(path)
-    except ProfileError as e:
-        raise TuneError(str(e)) from None
+    profile = load(path)
     arch = profile.provenance.arch
     if arch == "cpu":
         raise TuneError(f"{path}: got a profile of a CPU, wanted one of a GPU: g++'s programs have no fingerprint")
@@ -170,7 +116,7 @@ def static_check(request: StaticRequest, console: Console | None = None) -> int:
     if request.update:
         fresh = {program: found for program, (found, _) in compiled.items() if isinstance(found, Fingerprint)}
         # what did not compile keeps what it had, as does what was not looked at
-        kept = {p: f for p, f in committed.programs.items() if p in compiled or not request.is_whole}
+        kept = {p: f for p, f in committed.programs.items() if p in compiled or not request.selection.is_whole}
         write_fingerprints(file, Fingerprints(arch=arch, programs={**kept, **fresh}))
         console.print(escape(f"wrote {len(fresh)} of {len(kept | fresh)} fingerprints to {file}"), soft_wrap=True)
     write_reports(report, code, request.json, request.junit, request.summary)
@@ -191,34 +137,14 @@ Compiled = dict[str, tuple["Fingerprint | str", float]]
 
 def _compile(programs: Sequence[Program], arch: str, jobs: int | None, console: Console) -> Compiled:
     """Program -> its fingerprint, or on one line why there is none; and the seconds it took."""
-    from tuner.bench_compile import COMPILE_S, POLL_S
-
     found: Compiled = {program.name: (program.why_not, 0.0) for program in programs if program.why_not}
-    todo = [program for program in programs if not program.why_not]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    start = time.monotonic()
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        WorkerPool(max(1, min(jobs or cores(), len(todo))), env=COMPILE_ENV, nice=10) as pool,
-    ):
-        bar = progress.add_task("compiling", total=len(todo))
-        waiting: dict[Future[Any], Program] = {}
-        for program in todo:
-            waiting[pool.submit(fingerprint_job, program.kernel.name, program.p, program.config, arch, timeout=COMPILE_S)] = program
-        while waiting:
-            done, _ = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
-            for future in done:
-                program = waiting.pop(future)
-                try:
-                    result = future.result()
-                    seconds = result.pop("seconds")
-                    found[program.name] = Fingerprint(**result), seconds
-                except WorkerError as e:
-                    found[program.name] = str(e), 0.0
-                progress.advance(bar)
-                if not console.is_terminal:  # a CI log: say that it lives
-                    took = time.monotonic() - start
-                    console.print(escape(f"[{len(todo) - len(waiting)}/{len(todo)}] {duration(took)} {program.name}"), soft_wrap=True)
+    todo = {program.name: (program.kernel.name, program.p, program.config, arch) for program in programs if not program.why_not}
+    for name, result in compile_each(fingerprint_job, todo, jobs, console).items():
+        if isinstance(result, WorkerError):
+            found[name] = str(result), 0.0
+        else:
+            seconds = result.pop("seconds")
+            found[name] = Fingerprint(**result), seconds
     return found
 
 
@@ -253,6 +179,6 @@ def _notes(programs: Sequence[Program], committed: Fingerprints, compiled: Compi
     if stale:
         notes.append(f"{stale} programs come from entries tuned for another version of their kernel; `import mhc` does not use them")
     gone = committed.programs.keys() - {program.name for program in programs}
-    if gone and request.is_whole:
+    if gone and request.selection.is_whole:
         notes.append(f"{len(gone)} fingerprints are of programs that the profile no longer has; --update drops them")
     return tuple(notes)

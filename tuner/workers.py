@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +33,9 @@ COMPILE_ENV = {
     "MHC_BUNDLE": "",
     STORAGE_VARIABLE: "",
 }
+#: Of a process that measures. OpenMP threads that spin lose their core on a busy machine, and then a 20 us cast takes a scheduler's quantum
+#: of 8 ms.
+MEASURE_ENV = {"TILELANG_PRINT_ON_COMPILATION": "0", "OMP_WAIT_POLICY": "passive", STORAGE_VARIABLE: "", "MHC_BUNDLE": ""}
 
 
 def cores() -> int:
@@ -55,10 +58,11 @@ class WorkerTimeout(WorkerError):
 class _Process:
     """One worker process and the pipe to it."""
 
-    def __init__(self, env: Mapping[str, str], log: Path | None, nice: int) -> None:
+    def __init__(self, env: Mapping[str, str], log: Path | None, nice: int, path: Sequence[str] | None) -> None:
         ours, theirs = os.pipe(), os.pipe()
         read_end, write_end = ours[0], theirs[1]
-        full = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        folders = [*(path or ()), *(p or os.getcwd() for p in sys.path)]
+        full = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(folders)}
         command = [sys.executable, "-m", "tuner.worker_main", str(theirs[0]), str(ours[1]), str(nice)]
         stream = open(log if log is not None else os.devnull, "ab")  # noqa: SIM115  (handed to the child, closed below)
         try:
@@ -70,6 +74,7 @@ class _Process:
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,
+                cwd=path[0] if path else None,  # python -m imports from there first
             )
         finally:
             os.close(theirs[0])
@@ -127,11 +132,19 @@ class WorkerPool:
     """``size`` worker processes, started on their first job. Lower ``priority`` runs first, then first come first served.
 
     ``env`` is added to this process's environment, ``log`` receives their output (else it is dropped), ``nice`` is their niceness.
+    ``path``: folders that they import from before this process's own, ``tuner`` among what is there; the first is their working folder.
     """
 
-    def __init__(self, size: int, env: Mapping[str, str] | None = None, log: Path | None = None, nice: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        nice: int = 0,
+        path: Sequence[str] | None = None,
+    ) -> None:
         self.size = size
-        self._env, self._log, self._nice = dict(env or {}), log, nice
+        self._env, self._log, self._nice, self._path = dict(env or {}), log, nice, path
         self._jobs: queue.PriorityQueue[tuple[float, int, tuple[Any, ...] | None]] = queue.PriorityQueue()
         self._ticket = itertools.count()
         self._processes: dict[int, _Process] = {}
@@ -169,7 +182,7 @@ class WorkerPool:
             self._drop(index)
             process = None
         if process is None:
-            process = _Process(self._env, self._log, self._nice)
+            process = _Process(self._env, self._log, self._nice, self._path)
             with self._lock:
                 self._processes[index] = process
                 if self._closed:

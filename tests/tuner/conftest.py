@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +13,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.tuner import planted
+from mhc.profile import save_profile
+from mhc.schema import Entry, Profile, Provenance
+from tests.tuner import planted, planted_latency
 from tl_kernels import KERNELS
+from tuner import cli, latency_check, latency_job, latency_runs
 from tuner import pipeline as pipeline_module
 from tuner.devices import Device
 from tuner.display import Display
 from tuner.effort import Effort
-from tuner.hardware import Hardware
+from tuner.hardware import Hardware, cpu_model
 from tuner.pipeline import Pipeline
 from tuner.settings import Settings
 from tuner.storage import open_storage
@@ -85,3 +91,50 @@ def postgres_url() -> Iterator[str]:
 def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Each storage in turn, empty."""
     return str(request.getfixturevalue("postgres_url")) if request.param == "postgresql" else f"sqlite:///{tmp_path}/shared.db"
+
+
+def make_entry(kernel, C=64, tokens=64, **fields):
+    spec = KERNELS[kernel]
+    measured = {"time_us": 100.0, "time_ci_us": (99.0, 101.0), "gbps": 1.0, "copy_share": 0.5, "default_us": 100.0, "verdict": "default"}
+    config = {"config": spec.default(spec.problem(4, C)), "error": {"u": 0.0}, "source_hash": spec.source_hash}
+    return Entry(**{"kernel": kernel, "n": 4, "C": C, "dtype": "bfloat16", "tokens": tokens, **measured, **config, **fields})
+
+
+@pytest.fixture
+def profile_here(tmp_path):
+    """A function that writes a profile of these entries, measured here, and gives its path."""
+    import tilelang
+    import torch
+
+    versions = {"torch": torch.__version__, "tilelang": tilelang.__version__}
+    where = Provenance(gpu=cpu_model(), arch="cpu", copy_gbps=30.0, seed=0, trials=1, date="2026-11-22", command="x", **versions)
+
+    def write(*entries, name="mine.yaml", **changes):
+        save_profile(Profile(schema_version=1, provenance=where.model_copy(update=changes), entries=list(entries)), tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def check_here(monkeypatch, capsys, tmp_path):
+    """``check_here(*args, **planted) -> exit code, what was printed``: the command in this process, its measuring processes planted.
+
+    ``real``: they are not; ``surface``: whether what looks at another revision is not either.
+    """
+    monkeypatch.setattr("tuner.hardware._gpu", lambda: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a device lock of its own
+
+    def run(*args, real=False, surface=False, **spec):
+        for job in () if real else ("start", "copy", "build", "prepare", "batch"):
+            monkeypatch.setattr(latency_runs, f"{job}_job", getattr(planted_latency, f"{job}_planted"))
+        monkeypatch.setattr(latency_check, "surface_job", latency_job.surface_job if surface else planted_latency.surface_planted)
+        folder = tempfile.mkdtemp(dir=tmp_path)
+        monkeypatch.setenv(planted_latency.VARIABLE, json.dumps({"folder": folder, **spec}))
+        monkeypatch.setattr(sys, "argv", ["mhc-tune", "check", *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        printed = capsys.readouterr()
+        return e.value.code, printed.out + printed.err
+
+    return run

@@ -13,9 +13,10 @@ from tl_kernels.launch import Launcher
 from tuner import measure_job as module
 from tuner.confirm import rounds_needed
 from tuner.device_lock import DeviceBusy, hold
+from tuner.device_process import GPU_GONE
 from tuner.device_state import State, Watch
 from tuner.effort import Effort
-from tuner.measure_job import GPU_GONE, confirm_job, copy_job, measure_job
+from tuner.measure_job import confirm_job, copy_job, measure_job
 from tuner.timing import Clock
 from tuner.worker_main import FatalError
 
@@ -93,7 +94,7 @@ class Throttled:
 
 def test_dirt_and_clocks_are_reported(monkeypatch):
     clock = Clock("cpu", Watch(Throttled()))
-    monkeypatch.setattr(module, "_clock", lambda device: clock)
+    monkeypatch.setattr(module, "clock_of", lambda device: clock)
     result = measure_job("pre", P, 40, CFG, "cpu", EFFORT, 0, None)
     assert result["outcome"] == "ok"
     assert result["samples"] == EFFORT.samples

@@ -136,6 +136,34 @@ CHECK = {
 }
 
 
+TIMED_CHECK = {
+    "title": "h100, calibration",
+    "exit_code": 1,
+    "mode": "calibrate",
+    "date": "2026-11-24T10:00:00+00:00",
+    "command": "mhc-tune check --calibrate 50",
+    "runs": 50,
+    "counts": {"regressed": 1, "same": 1},
+    "notes": ["copy bandwidth 3020.1 GB/s"],
+    "false_alarms": {"entries": 20, "runs": 50, "judged": 1000, "regressed": 2, "improved": 1, "runs_with_alarm": 2, "rate": 0.002},
+    "programs": [
+        {
+            "kernel": "pre",
+            "program": "pre n=4 C=2560 bfloat16 T=8192",
+            "verdict": "regressed",
+            "findings": ["69.5 -> 76.4 us"],
+            "causes": ["code", "toolchain"],
+            "before_us": 69.5,
+            "now_us": 76.45,
+            "ratio": 1.1,
+            "band": 0.012,
+        },
+        {"kernel": "pre_bwd", "program": "pre_bwd n=4", "verdict": "not measured", "findings": ["its process died"], "before_us": None},
+        {"kernel": "project", "program": "project n=4", "verdict": "same", "findings": [], "ratio": 1.0, "band": 0.01},
+    ],
+}
+
+
 def entry(kernel: str = "pre", **change) -> Entry:
     fields = {"kernel": kernel, "n": 4, "C": 2560, "dtype": "bfloat16", "tokens": 8192, "config": {"block_T": 1}, "time_us": 69.5}
     fields |= {"time_ci_us": (69.0, 70.0), "gbps": 3000.0, "copy_share": 0.99, "default_us": 98.7, "verdict": "win", "error": {"u": 1e-3}}
@@ -163,6 +191,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "results" / "h100" / "decode").mkdir(parents=True)
     for name, content in {"bench.json": result(), "tune.json": TUNE, "replay.json": REPLAY, "check.json": CHECK}.items():
         (tmp_path / "results" / "h100" / name).write_text(json.dumps(content))
+    (tmp_path / "results" / "h100" / "check_noise.json").write_text(json.dumps(TIMED_CHECK))
     (tmp_path / "results" / "h100" / "tune_2.json").write_text(json.dumps({"runs": [TUNE, {**TUNE, "command": "mhc-tune again"}]}))
     (tmp_path / "results" / "h100" / "run #1 100%.txt").write_text("raw")
     (tmp_path / "profiles").mkdir()
@@ -231,6 +260,16 @@ def test_the_page_holds_what_the_files_say(folder):
     ):
         assert text in page.text, text
     assert "project 4x2560" not in page.text  # the same as before
+    for text in (
+        "check_noise.json: h100, calibration: 3 entries, 50 runs, 1 regressed, 1 same; exit code 1",
+        "\npre n=4 C=2560 bfloat16 T=8192\nregressed\ncode; toolchain\n69.5\n76.5\n+10.0%\n1.2%\n",
+        "\nnot measured\nits process died\n",
+        "False alarms: 0.2%, 2 of 1000 (20 entries, 50 runs of identical code); 2 runs had one.",
+        "2026-11-24T10:00:00+00:00",
+        "mhc-tune check --calibrate 50",
+    ):
+        assert text in re.sub(r"\s*\n\s*", "\n", page.text), text
+    assert "project n=4" not in page.text
     kernels = tables.kernels(*(lambda d: (d.bench.data.shapes[0], d.profile))(read_devices(folder / "results", folder / "profiles")[0]))
     assert [[cell.text for cell in cells[5:7]] for cells in kernels.rows] == [["win", "fresh"], ["tie", "fresh"], ["tie", "fresh"]]
 
@@ -275,7 +314,9 @@ def test_hostile_names_are_text(folder):
     path.write_text(json.dumps(hostile))
     replay, check, tune = copy.deepcopy(REPLAY), copy.deepcopy(CHECK), {**TUNE, "command": HOSTILE}
     replay["studies"][0]["label"] = check["programs"][0]["findings"][0] = check["notes"][0] = HOSTILE
-    for name, content in {"replay.json": replay, "check.json": check, "tune.json": tune}.items():
+    timed = {**copy.deepcopy(TIMED_CHECK), "command": HOSTILE, "date": HOSTILE}
+    timed["programs"][0] |= {"program": HOSTILE, "causes": [HOSTILE], "verdict": HOSTILE}
+    for name, content in {"replay.json": replay, "check.json": check, "check_noise.json": timed, "tune.json": tune}.items():
         path.with_name(name).write_text(json.dumps(content))
     page = page_of(folder)
     check_inert(page, folder / "results")
@@ -370,6 +411,7 @@ def test_other_malformed_files_are_named_too(folder):
         ("tune_2.json", {"runs": [{**TUNE, "studies": [{}]}]}, r"runs\[0\].studies\[0\].kernel: missing"),
         ("replay.json", {**REPLAY, "within": "x"}, "within"),
         ("check.json", {**CHECK, "programs": {}}, "programs"),
+        ("check_noise.json", {**TIMED_CHECK, "false_alarms": {"rate": 0.0}}, "false_alarms.entries: missing"),
     ):
         path = folder / "results" / "h100" / name
         good = path.read_text()

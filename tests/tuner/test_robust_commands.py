@@ -29,6 +29,7 @@ import typer
 from hypothesis import strategies as st
 
 from mhc import profile
+from mhc.profile import packaged_dir
 from tests.malformed import hunt
 from tuner import cli, hardware
 from tuner.pipeline import Pipeline
@@ -42,7 +43,7 @@ BEGINNINGS = (
     "dashboard._Server",
     "workers.WorkerPool",
     "bundle.WorkerPool",
-    "static_check.WorkerPool",
+    "compile_each.WorkerPool",
 )
 #: Arguments with which a command would begin, where it needs any.
 BASE = {
@@ -54,6 +55,8 @@ BASE = {
     "compile": ["--gpu", "h100", "-o", "bundle"],
     "check": ["--static", "--gpu", "h100"],
 }
+#: Others, where a command has modes that exclude each other's options.
+OTHER_BASES = {"check": ["--gpu", "cpu", "--baseline", str(packaged_dir() / "cpu.yaml"), "--kernels", "streams_grad"]}
 FILES = {
     "bad.yaml": "mhc-3b: {n: 4, C: [}\n",
     "bad.json": '{"shapes": [1]}',
@@ -203,7 +206,8 @@ class Line:
 def lines(draw: st.DrawFn) -> Line:
     found = commands()
     name = draw(st.sampled_from(["", "", "", "bench", "bench", *(n for n in found if n not in ("", "bench"))]))
-    args = list(BASE.get(name, []))
+    base = OTHER_BASES.get(name) if draw(st.booleans()) else None
+    args = list(BASE.get(name, []) if base is None else base)
     spoilt = {"replay": ["ledger"], "dashboard": ["storage"], "report": ["results"]}.get(name, [])
     for i, argument in enumerate(p for p in found[name] if p.is_argument):
         if draw(st.booleans()):
@@ -372,6 +376,11 @@ LONG = "9" * 5000
         ("--rival-env", ["bench", "--rival-env", f"ours={'x' * 300}"]),
         ("ledger", ["replay", "deep.json"]),
         ("ledger", ["replay", "/dev/zero"]),
+        ("--against", ["check", *OTHER_BASES["check"][:2], "--kernels", "pre", "--against", "HEAD"]),
+        ("--baseline", ["check", "--gpu", "cpu", "--baseline", "fifo"]),
+        ("--baseline", ["check", "--gpu", "cpu", "--baseline", "/dev/zero"]),
+        ("--tolerance", ["check", *OTHER_BASES["check"], "--tolerance", "nan"]),
+        ("--runs", ["check", *OTHER_BASES["check"], "--runs", "2147483648"]),
         ("--storage", ["worker", "--gpu", "cpu", "--storage", f"postgresql://u:{SECRET}@127.0.0.1:port/x"]),
     ],
 )
@@ -385,12 +394,14 @@ def test_what_once_ended_otherwise(planted, named_as, args):
     [
         BASE[""],
         BASE["bench"],
+        ["check", *BASE["check"]],
+        ["check", *OTHER_BASES["check"]],
         # what a profile says of the command must be text: found out only after the first study
         [*BASE[""], "--output", "\udcff.yaml"],
         # the storage is opened after the port
         ["dashboard", "--storage", f"postgresql://u:{SECRET}@127.0.0.1:port/x"],
     ],
-    ids=["tune", "bench", "no text", "dashboard"],
+    ids=["tune", "bench", "check --static", "check", "no text", "dashboard"],
 )
 def test_what_is_not_spoilt_begins(planted, args):
     with folder():
