@@ -186,6 +186,7 @@ def sections(name: str, device: Device) -> list[Section]:
         _commits(f"{name}-history", device),
         _kernels(f"{name}-kernels", device),
         _checks(f"{name}-check", device),
+        _startup(f"{name}-startup", device),
         _searches(f"{name}-search", device),
     ]
 
@@ -386,6 +387,19 @@ def _checks(name: str, device: Device) -> Section:
     return Section(name, title, "Only what is not the same as before has a line.", tables=tuple(shown))
 
 
+def _startup(name: str, device: Device) -> Section:
+    title = "Start of a script"
+    if device.startup is None:
+        return Section(name, title, missing=("no startup.json; measure with: mhc-tune startup --bundle",))
+    found = device.startup.data
+    intro = (
+        f"Seconds from the start of a process to the end of its first forward + backward of one boundary, T × n × C = {found.T} × "
+        f"{found.n} × {found.C}, {found.dtype} ({found.date}); medians. Cold: nothing was ever compiled here; cached: a second start; "
+        "bundle: compiled elsewhere, no compiler on PATH."
+    )
+    return Section(name, title, intro, tables=(("", tables.started(found)),))
+
+
 def _searches(name: str, device: Device) -> Section:
     title = "How it was searched"
     runs = [tune for found in device.tunes.values() for tune in found]
@@ -440,6 +454,8 @@ def sources(device: Device, page: Path) -> list[Source]:
         )
     for check in device.checks:
         add(check.path, "check for slower kernels", check.data.date, check.data.command)
+    if device.startup is not None:
+        add(device.startup.path, "start of a script", device.startup.data.date, device.startup.data.command)
     if device.replay is not None:
         add(device.replay.path, "replays of the search", device.replay.data.date, device.replay.data.command)
     for path in device.files:

@@ -262,6 +262,34 @@ class Check(_Read):
     programs: list[Checked]
 
 
+class Moments(_Read):
+    """Seconds since a process was started."""
+
+    torch: Above0
+    ready: Above0
+    first: Above0
+    second: Above0
+
+
+class StartRow(_Read):
+    label: str
+    setup: str
+    samples: list[Moments]
+    failure: str | None = None
+
+
+class Startup(_Read):
+    """A startup.json (tuner/startup.py)."""
+
+    command: str
+    date: str
+    T: Count
+    n: Count
+    C: Count
+    dtype: str
+    rows: list[StartRow]
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -324,6 +352,7 @@ class Device:
     tunes: dict[Path, list[Tune]] = field(default_factory=dict)
     replay: File[Replay] | None = None
     checks: tuple[File[Check], ...] = ()
+    startup: File[Startup] | None = None
     profile: Profile | None = None
     profile_path: Path | None = None
     #: Every file of the folder, for the links.
@@ -353,6 +382,7 @@ def read_device(name: str, folder: Path, profile_path: Path | None) -> Device:
         tunes={path: read_tunes(path) for path in sorted(folder.glob("tune*.json"))},
         replay=read(Replay, folder / "replay.json"),
         checks=tuple(found for path in sorted(folder.glob("check*.json")) if (found := read(Check, path)) is not None),
+        startup=read(Startup, folder / "startup.json"),
         profile=profile,
         profile_path=profile_path,
     )
@@ -372,7 +402,7 @@ def read_devices(results: Path, profiles: Path) -> list[Device]:
         raise TuneError(f"--profiles {profiles}: is no folder, wanted one with a <gpu>.yaml a GPU")
     found = {p.stem: p for p in sorted(profiles.glob("*.yaml")) if p.stem != WORKLOADS}
     devices = [read_device(name, folders.get(name, results / name), found.get(name)) for name in sorted({*folders, *found})]
-    devices = [d for d in devices if d.bench or d.decode or d.tunes or d.replay or d.checks or d.profile]
+    devices = [d for d in devices if d.bench or d.decode or d.tunes or d.replay or d.checks or d.startup or d.profile]
     if not devices:
         raise TuneError(f"--results {results}, --profiles {profiles}: nothing to report, wanted <gpu>/bench.json or <gpu>.yaml")
     return sorted(map(_with_files, devices), key=lambda d: (d.bench is None, d.decode is None, d.profile is None, d.name))

@@ -124,6 +124,19 @@ REPLAY = {
         }
     ],
 }
+STARTUP = {
+    "command": "mhc-tune startup --bundle b",
+    "date": "2026-11-24 17:00 UTC",
+    "T": 8192,
+    "n": 4,
+    "C": 2560,
+    "dtype": "bfloat16",
+    "rows": [
+        {"label": "ours", "setup": "bundle", "failure": None}
+        | {"samples": [{"torch": 1.0, "ready": 1.5, "first": f, "second": f + 0.001} for f in (2.0, 2.5, 9.0)]},
+        {"label": "rival", "setup": "cold", "failure": "took more than 600 s", "samples": []},
+    ],
+}
 CHECK = {
     "title": "sm_90a, fingerprints",
     "exit_code": 1,
@@ -189,7 +202,13 @@ def profile(*entries: Entry) -> Profile:
 def folder(tmp_path: Path) -> Path:
     """``results/h100`` with everything a page can show; ``profiles/h100.yaml`` beside ``results``."""
     (tmp_path / "results" / "h100" / "decode").mkdir(parents=True)
-    for name, content in {"bench.json": result(), "tune.json": TUNE, "replay.json": REPLAY, "check.json": CHECK}.items():
+    for name, content in {
+        "bench.json": result(),
+        "tune.json": TUNE,
+        "replay.json": REPLAY,
+        "check.json": CHECK,
+        "startup.json": STARTUP,
+    }.items():
         (tmp_path / "results" / "h100" / name).write_text(json.dumps(content))
     (tmp_path / "results" / "h100" / "check_noise.json").write_text(json.dumps(TIMED_CHECK))
     (tmp_path / "results" / "h100" / "tune_2.json").write_text(json.dumps({"runs": [TUNE, {**TUNE, "command": "mhc-tune again"}]}))
@@ -251,6 +270,8 @@ def test_the_page_holds_what_the_files_say(folder):
         "12.5%",  # replay
         "never",
         "loads: 16 -> 8 bytes",  # check
+        "2.50 (2.00 to 9.00)",  # startup
+        "rival, cold: took more than 600 s",
         "1 slow",  # tune
         "mhc-tune again",
         "NVIDIA H100 80GB HBM3, sm_90a, 132 multiprocessors",
@@ -355,7 +376,7 @@ def test_what_is_missing_is_said_and_not_made_up(tmp_path):
         read_devices(tmp_path / "results", tmp_path / "profiles")
     save_profile(profile(entry()), tmp_path / "profiles" / "h100.yaml")
     page = Page(page_of(tmp_path))
-    for text in ("no bench.json", "not measured; measure with", "no tune*.json", "no replay.json", "no check*.json"):
+    for text in ("no bench.json", "not measured; measure with", "no tune*.json", "no replay.json", "no check*.json", "no startup.json"):
         assert text in page.text, text
     assert "100%" in page.text
     assert not re.search(r"\b(None|nan|undefined)\b", page.text)
@@ -411,6 +432,7 @@ def test_other_malformed_files_are_named_too(folder):
         ("tune_2.json", {"runs": [{**TUNE, "studies": [{}]}]}, r"runs\[0\].studies\[0\].kernel: missing"),
         ("replay.json", {**REPLAY, "within": "x"}, "within"),
         ("check.json", {**CHECK, "programs": {}}, "programs"),
+        ("startup.json", {**STARTUP, "rows": [{}]}, r"rows\[0\].label: missing"),
         ("check_noise.json", {**TIMED_CHECK, "false_alarms": {"rate": 0.0}}, "false_alarms.entries: missing"),
     ):
         path = folder / "results" / "h100" / name
