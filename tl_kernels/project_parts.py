@@ -12,6 +12,7 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, padded, x_parts
+from tl_kernels.pieces import pieces
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 
 #: Dtype that operands of a kind of MMA are declared with.
@@ -27,7 +28,7 @@ def build(p, cfg):
     overlap, vec = cfg["overlap"] == 1, vector_width(p)
     N = padded(M, 16 if overlap else 32)
     columns, summed = (N, bk // vec) if overlap else (2 * N, bk)
-    rows, wide = phi_pieces(p, cfg) if overlap else (M, 1)
+    rows, wide = pieces(p, bk, cfg["threads"]) if overlap else (M, 1)
     T_ = T.dynamic("T")
 
     @T.macro
@@ -143,13 +144,6 @@ def build(p, cfg):
                     parts[s, M, t0 + t] = mean[t] / K
 
     return project_parts
-
-
-def phi_pieces(p, cfg):
-    """Rows of a tile of phi that a block loads into registers, and the floats of one access, so that all threads get equally many."""
-    bk, threads = cfg["block_K"], cfg["threads"]
-    sizes = ((rows, wide) for rows in (p.M, padded(p.M, 16)) for wide in (4, 2, 1))
-    return next((rows, wide) for rows, wide in sizes if rows * bk % (threads * wide) == 0)
 
 
 def shared_bytes(p, cfg):

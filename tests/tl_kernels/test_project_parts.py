@@ -9,7 +9,7 @@ from tests.tl_kernels.test_cuda_compile import nvcc
 from tl_kernels import KERNELS
 from tl_kernels.launch import compile_kernel
 from tl_kernels.mma import padded
-from tl_kernels.project_parts import phi_pieces
+from tl_kernels.pieces import pieces
 from tl_kernels.spec import MAX_N
 
 
@@ -48,7 +48,7 @@ def test_every_thread_loads_as_much_of_phi(n):
     space = kernel.space(p)
     for cfg in (dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())):
         if cfg["overlap"] and kernel.invalid(p, cfg) is None:
-            rows, wide = phi_pieces(p, cfg)
+            rows, wide = pieces(p, cfg["block_K"], cfg["threads"])
             assert p.M <= rows <= padded(p.M, 16)
             assert rows * cfg["block_K"] % (wide * cfg["threads"]) == 0
 
