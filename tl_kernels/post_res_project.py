@@ -27,9 +27,9 @@ def build(p, cfg):
 
     @T.macro
     def load(phi, start, phi_f):
-        for m, j, c, e in T.Parallel(some, n, bc // wide, wide):
-            inside = m < M and start + c * wide < C
-            phi_f[m, j, c, e] = T.if_then_else(inside, phi[T.min(m, M - 1), j * C + start + c * wide + e], 0.0)
+        for m, c, e in T.Parallel(some, kb // wide, wide):
+            at = start + c % (bc // wide) * wide
+            phi_f[m, c, e] = T.if_then_else(m < M and at < C, phi[T.min(m, M - 1), c // (bc // wide) * C + at + e], 0.0)
 
     product = {"transpose_B": True, "clear_accum": True, "annotations": {"wg_wait": -1}}  # nobody waits
 
@@ -63,7 +63,7 @@ def build(p, cfg):
                 z_s = T.alloc_shared((bt, 2 * N), ACC)
             z_TN = T.alloc_fragment((bt, 2 * N), ACC)
             block_TN = T.alloc_fragment((bt, 2 * N), ACC)
-            phi_f = T.alloc_fragment((some, n, bc // wide, wide) if overlap else (rows, kb), ACC)
+            phi_f = T.alloc_fragment((some, kb // wide, wide) if overlap else (rows, kb), ACC)
             x_f = T.alloc_fragment((n, bt, bc), ACC if overlap else dtype)
             f_f = T.alloc_fragment((bt, bc), ACC if overlap else dtype)
             y_f = T.alloc_fragment((bt, bc), ACC)
@@ -110,9 +110,9 @@ def build(p, cfg):
                         for j in T.unroll(n):
                             fetch(x[t0 : t0 + bt, j, ahead : ahead + bc], x_s[(k + stages - 1) % stages, :, j * bc : j * bc + bc])
                 if overlap:
-                    for m, j, c, e in T.Parallel(some, n, bc // wide, wide):
-                        phi_s[k % 2, m, j * bc + c * wide + e] = high(phi_f[m, j, c, e], mma)
-                        phi_s[k % 2, N + m, j * bc + c * wide + e] = low(phi_f[m, j, c, e], mma)
+                    for m, c, e in T.Parallel(some, kb // wide, wide):
+                        phi_s[k % 2, m, c * wide + e] = high(phi_f[m, c, e], mma)
+                        phi_s[k % 2, N + m, c * wide + e] = low(phi_f[m, c, e], mma)
                     load(phi, c0 + bc, phi_f)
                 else:
                     for m, c in T.Parallel(rows, kb):

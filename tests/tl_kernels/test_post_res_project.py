@@ -31,7 +31,7 @@ def test_mixing_under_the_product(name, device, n, C, dtype):
 
 
 @nvcc
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, 4, 5])
 def test_one_barrier_a_block_of_channels(n):
     kernel = KERNELS["post_res_project"]
     source = compile_kernel(kernel, kernel.problem(n, 1280), overlapped(n), "sm_90a").get_kernel_source()
