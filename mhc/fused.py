@@ -55,6 +55,15 @@ def _boundary(
     return y, u, next_H_pre, next_H_post, next_H_res, zs, new_ticket(y)
 
 
+def _boundary_apart(
+    runs: list[Run], x: Tensor, f: Tensor, H_post: Tensor, H_res: Tensor, phi: Tensor, alpha: Tensor, b: Tensor
+) -> tuple[Tensor, ...]:
+    post_res, *enter = runs
+    (y,) = post_res(x, f, H_post, H_res)
+    u, *rest = _enter(enter, y, phi, alpha, b)
+    return y, u, *rest
+
+
 def _enter_whole(runs: list[Run], x: Tensor, phi: Tensor, alpha: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     project_pre, coefficients = runs
     u, parts = project_pre(x, phi, alpha, b)
@@ -126,7 +135,11 @@ _KERNELS = SIGNATURES | FUSED_KERNELS
 _DESIGNS: dict[str, tuple[tuple[Callable[..., Any], tuple[str, ...]], ...]] = {
     "enter": ((_enter, ("project_parts", "coefficients", "pre")), (_enter_whole, ("project_pre", "coefficients"))),
     "enter_bwd": ((_enter_bwd, _ENTER_BWD),),
-    "boundary": ((_boundary, ("post_res_project", "coefficients", "pre")), (_boundary_whole, ("post_res_project_pre", "coefficients"))),
+    "boundary": (
+        (_boundary, ("post_res_project", "coefficients", "pre")),
+        (_boundary_apart, ("post_res", "project_parts", "coefficients", "pre")),  # many streams: phi beside them leaves small tiles
+        (_boundary_whole, ("post_res_project_pre", "coefficients")),
+    ),
     "boundary_bwd": ((_boundary_bwd, (*_ENTER_BWD, "post_res_grads")),),
     "leave": ((_leave, ("post_res",)),),
     "leave_bwd": ((_leave_bwd, ("post_res_grads",)),),
