@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 
 import pytest
 import torch
+
+# A shell's background job inherits an ignored SIGINT, and would pass it on to whatever a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the plugin of an installed package is there already, and is not loaded twice; a source tree's is not
 pytest_plugins = ["pytester", "tuner.pytest_plugin"]

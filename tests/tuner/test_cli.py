@@ -1,6 +1,5 @@
 """The command line from outside: help, one-line errors with exit code 2, Ctrl-C, and one real tuning run on the CPU target."""
 
-import functools
 import json
 import os
 import signal
@@ -130,9 +129,7 @@ def test_a_real_run_writes_a_profile_and_a_second_one_measures_nothing_new(tmp_p
 
 
 def start(command, **kwargs):
-    """A child that Ctrl-C reaches also where this run is a shell's background job, which inherits an ignored SIGINT."""
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen, **kwargs)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 @pytest.mark.slow

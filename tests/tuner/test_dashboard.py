@@ -1,7 +1,6 @@
 """tuner/dashboard.py: on this machine only, for looking only, and what is wrong is one line without a password."""
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -176,9 +175,7 @@ def test_the_command_serves_until_ctrl_c(tmp_path, url):
         port = probe.getsockname()[1]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MHC_TUNE_STORAGE": ""}
     command = [sys.executable, "-m", "tuner.cli", "dashboard", "--port", str(port)]
-    # Ctrl-C also where this run is a shell's background job, which inherits an ignored SIGINT
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = child.stdout.readline()
         assert said.startswith(f"sqlite:///.mhc-tune/cpu.db is shown at http://127.0.0.1:{port}/dashboard "), child.stderr.read()
