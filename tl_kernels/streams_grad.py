@@ -20,10 +20,18 @@ def build(p, cfg):
     kp = dphi_rows(p, cfg)
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
-    overlap = cfg["overlap"] == 1
+    overlap, in_place = cfg["overlap"] == 1, cfg["in_place"] == 1
+    streams = tuple(range(n))  # expanded when traced: each has a fragment of its own
+    pad = 8 if in_place else 0
     product = T.wgmma_gemm if overlap else T.gemm
     rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
     T_ = T.dynamic("T")
+
+    width = slice_width(p, cfg)
+
+    def column(j, c):
+        """Column of dz phi for a stream and a channel, so that the warps of a product share the channels and not the streams."""
+        return (c // width * n + j) * width + c % width
 
     @T.prim_func
     def streams_grad(
@@ -40,17 +48,22 @@ def build(p, cfg):
         with T.Kernel(T.ceildiv(C, bc), splits, threads=cfg["threads"]) as (block, s):
             c0 = block * bc
             x_s = T.alloc_shared((stages, bt, kp), dtype)
-            dy_s = T.alloc_shared((stages, bt, kb), dtype)
-            du_s = T.alloc_shared((stages, bt, bc), dtype)
+            dy_s = T.alloc_shared((stages, bt, kb + pad), dtype)
+            du_s = T.alloc_shared((stages, bt, bc + pad), dtype)
             dz_s = T.alloc_shared((stages, M + 1, bt), ACC)
             res_s = T.alloc_shared((stages, bt, n, n), ACC)
             pre_s = T.alloc_shared((stages, bt, n), ACC)
             dz_hi = T.alloc_shared((N, bt), mma)
             dz_lo = T.alloc_shared((N, bt), mma)
-            phi_hi = T.alloc_shared((n, N, bc), mma)
-            phi_lo = T.alloc_shared((n, N, bc), mma)
-            g_s = T.alloc_shared((bt, bc + 4), ACC)  # rows of two tokens in different banks
-            g_TC = T.alloc_fragment((bt, bc), ACC)
+            if in_place:
+                phi_hi = T.alloc_shared((N, kb), mma)
+                phi_lo = T.alloc_shared((N, kb), mma)
+                g_TK = T.alloc_fragment((bt, kb), ACC)
+            else:
+                phi_hi = T.alloc_shared((n, N, bc), mma)
+                phi_lo = T.alloc_shared((n, N, bc), mma)
+                g_s = T.alloc_shared((bt, bc + 4), ACC)  # rows of two tokens in different banks
+                g_TC = T.alloc_fragment((bt, bc), ACC)
             dphi_KN = T.alloc_fragment((kp, N), ACC)
             dy_f = T.alloc_fragment((n, bt, bc), dtype)
             du_f = T.alloc_fragment((bt, bc), dtype)
@@ -61,15 +74,19 @@ def build(p, cfg):
                 for j in T.unroll(n):
                     fetch(x[s * bt : s * bt + bt, j, c0 : c0 + bc], x_s[0, :, j * bc : j * bc + bc])
                     fetch(dy[s * bt : s * bt + bt, j, c0 : c0 + bc], dy_s[0, :, j * bc : j * bc + bc])
-                fetch(du[s * bt : s * bt + bt, c0 : c0 + bc], du_s[0, :, :])
+                fetch(du[s * bt : s * bt + bt, c0 : c0 + bc], du_s[0, :, 0:bc])
                 fetch(dzs[:, s * bt : s * bt + bt], dz_s[0, :, :])
                 fetch(H_res[s * bt : s * bt + bt, :, :], res_s[0, :, :, :])
                 fetch(H_pre[s * bt : s * bt + bt, :], pre_s[0, :, :])
             for j in T.unroll(n):
                 for m, c in T.Parallel(N, bc):
                     value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                    phi_hi[j, m, c] = high(value, mma)
-                    phi_lo[j, m, c] = low(value, mma)
+                    if in_place:
+                        phi_hi[m, column(j, c)] = high(value, mma)
+                        phi_lo[m, column(j, c)] = low(value, mma)
+                    else:
+                        phi_hi[j, m, c] = high(value, mma)
+                        phi_lo[j, m, c] = low(value, mma)
             T.clear(dphi_KN)
             T.clear(dz_hi)
             T.clear(dz_lo)
@@ -80,7 +97,7 @@ def build(p, cfg):
                     for j in T.unroll(n):
                         fetch(x[t0 : t0 + bt, j, c0 : c0 + bc], x_s[0, :, j * bc : j * bc + bc])
                         fetch(dy[t0 : t0 + bt, j, c0 : c0 + bc], dy_s[0, :, j * bc : j * bc + bc])
-                    fetch(du[t0 : t0 + bt, c0 : c0 + bc], du_s[0, :, :])
+                    fetch(du[t0 : t0 + bt, c0 : c0 + bc], du_s[0, :, 0:bc])
                     fetch(dzs[:, t0 : t0 + bt], dz_s[0, :, :])
                     fetch(H_res[t0 : t0 + bt, :, :], res_s[0, :, :, :])
                     fetch(H_pre[t0 : t0 + bt, :], pre_s[0, :, :])
@@ -92,13 +109,17 @@ def build(p, cfg):
                         for j in T.unroll(n):
                             fetch(x[t1 : t1 + bt, j, c0 : c0 + bc], x_s[(tile + 1) % 2, :, j * bc : j * bc + bc])
                             fetch(dy[t1 : t1 + bt, j, c0 : c0 + bc], dy_s[(tile + 1) % 2, :, j * bc : j * bc + bc])
-                        fetch(du[t1 : t1 + bt, c0 : c0 + bc], du_s[(tile + 1) % 2, :, :])
+                        fetch(du[t1 : t1 + bt, c0 : c0 + bc], du_s[(tile + 1) % 2, :, 0:bc])
                         fetch(dzs[:, t1 : t1 + bt], dz_s[(tile + 1) % 2, :, :])
                         fetch(H_res[t1 : t1 + bt, :, :], res_s[(tile + 1) % 2, :, :, :])
                         fetch(H_pre[t1 : t1 + bt, :], pre_s[(tile + 1) % 2, :, :])
                 for m, t in T.Parallel(M, bt):
                     dz_hi[m, t] = high(dz_s[st, m, t], mma)
                     dz_lo[m, t] = low(dz_s[st, m, t], mma)
+                if in_place:
+                    product(dz_hi, phi_hi, g_TK, transpose_A=True, clear_accum=True, policy=rows)
+                    product(dz_hi, phi_lo, g_TK, transpose_A=True, policy=rows)
+                    product(dz_lo, phi_hi, g_TK, transpose_A=True, policy=rows)
                 # dphi^T = x^T dz
                 if direct and nx == 1:
                     product(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
@@ -114,7 +135,7 @@ def build(p, cfg):
                         for t, c in T.Parallel(bt, kp):
                             x_lo[t, c] = low(T.cast(x_s[st, t, c], ACC), mma)
                         T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
-                if overlap:
+                if overlap and not in_place:
                     product(dz_hi, phi_hi[0, :, :], g_TC, transpose_A=True, clear_accum=True)
                     product(dz_hi, phi_lo[0, :, :], g_TC, transpose_A=True)
                     product(dz_lo, phi_hi[0, :, :], g_TC, transpose_A=True)
@@ -123,30 +144,59 @@ def build(p, cfg):
                         dy_f[i, t, c] = dy_s[st, t, i * bc + c]
                 for t, c in T.Parallel(bt, bc):
                     du_f[t, c] = du_s[st, t, c]
-                for j in T.unroll(n):
-                    # dz phi, through shared memory into the layout of rows; the next stream's while this one's are added up
+                if in_place:
+                    if overlap:
+                        T.wait_wgmma(2)  # dphi may take until the end of the tile
+                    for j in streams:
+                        for t, w, c in T.Parallel(bt, bc // width, width):
+                            g_TK[t, (w * n + j) * width + c] += pre_s[st, t, j] * du_f[t, w * width + c]
+                    for i in T.unroll(n):
+                        for j in streams:
+                            for t, w, c in T.Parallel(bt, bc // width, width):
+                                g_TK[t, (w * n + j) * width + c] += res_s[st, t, i, j] * dy_f[i, t, w * width + c]
+                    for j in streams:
+                        for t, w, c in T.Parallel(bt, bc // width, width):
+                            x_f[t, w * width + c] = x_s[st, t, j * bc + w * width + c]
+                        for t, w, c in T.Parallel(bt, bc // width, width):
+                            dx_f[t, w * width + c] = g_TK[t, (w * n + j) * width + c] + dz_s[st, M, t] * (1.0 / K) * x_f[t, w * width + c]
+                        for t, w, c in T.Parallel(bt, bc // width, width):
+                            dy_s[st, t, j * bc + w * width + c] = dx_f[t, w * width + c]
                     if overlap:
                         T.wait_wgmma(0)
+                    if C % bc == 0 and t0 + bt <= T_:
+                        for j in T.unroll(n):
+                            for t, c in T.Parallel(bt, bc):
+                                dx[t0 + t, j, c0 + c] = dy_s[st, t, j * bc + c]
                     else:
-                        T.clear(g_TC)
-                        T.gemm(dz_hi, phi_hi[j, :, :], g_TC, transpose_A=True)
-                        T.gemm(dz_hi, phi_lo[j, :, :], g_TC, transpose_A=True)
-                        T.gemm(dz_lo, phi_hi[j, :, :], g_TC, transpose_A=True)
-                    T.copy(g_TC, g_s[:, 0:bc])
-                    if overlap and j + 1 < n:
-                        product(dz_hi, phi_hi[j + 1, :, :], g_TC, transpose_A=True, clear_accum=True)
-                        product(dz_hi, phi_lo[j + 1, :, :], g_TC, transpose_A=True)
-                        product(dz_lo, phi_hi[j + 1, :, :], g_TC, transpose_A=True)
-                    for t, c in T.Parallel(bt, bc):
-                        x_f[t, c] = x_s[st, t, j * bc + c]
-                    for t, c in T.Parallel(bt, bc):
-                        dx_f[t, c] = g_s[t, c] + pre_s[st, t, j] * du_f[t, c] + dz_s[st, M, t] / K * x_f[t, c]
-                    for i in T.unroll(n):
+                        for j in T.unroll(n):
+                            for t, c in T.Parallel(bt, bc):
+                                if t0 + t < T_ and c0 + c < C:
+                                    dx[t0 + t, j, c0 + c] = dy_s[st, t, j * bc + c]
+                else:
+                    for j in T.unroll(n):
+                        # dz phi, through shared memory into the layout of rows; the next stream's while this one's are added up
+                        if overlap:
+                            T.wait_wgmma(0)
+                        else:
+                            T.clear(g_TC)
+                            T.gemm(dz_hi, phi_hi[j, :, :], g_TC, transpose_A=True)
+                            T.gemm(dz_hi, phi_lo[j, :, :], g_TC, transpose_A=True)
+                            T.gemm(dz_lo, phi_hi[j, :, :], g_TC, transpose_A=True)
+                        T.copy(g_TC, g_s[:, 0:bc])
+                        if overlap and j + 1 < n:
+                            product(dz_hi, phi_hi[j + 1, :, :], g_TC, transpose_A=True, clear_accum=True)
+                            product(dz_hi, phi_lo[j + 1, :, :], g_TC, transpose_A=True)
+                            product(dz_lo, phi_hi[j + 1, :, :], g_TC, transpose_A=True)
                         for t, c in T.Parallel(bt, bc):
-                            dx_f[t, c] += res_s[st, t, i, j] * dy_f[i, t, c]
-                    for t, c in T.Parallel(bt, bc):
-                        if t0 + t < T_ and c0 + c < C:
-                            dx[t0 + t, j, c0 + c] = dx_f[t, c]
+                            x_f[t, c] = x_s[st, t, j * bc + c]
+                        for t, c in T.Parallel(bt, bc):
+                            dx_f[t, c] = g_s[t, c] + pre_s[st, t, j] * du_f[t, c] + dz_s[st, M, t] / K * x_f[t, c]
+                        for i in T.unroll(n):
+                            for t, c in T.Parallel(bt, bc):
+                                dx_f[t, c] += res_s[st, t, i, j] * dy_f[i, t, c]
+                        for t, c in T.Parallel(bt, bc):
+                            if t0 + t < T_ and c0 + c < C:
+                                dx[t0 + t, j, c0 + c] = dx_f[t, c]
             for k, m in T.Parallel(kp, N):
                 if m < M and k < kb and c0 + k % bc < C:
                     dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
@@ -157,6 +207,11 @@ def build(p, cfg):
 def dphi_rows(p, cfg):
     """Columns of x in a tile, n blocks of channels, padded so that every warp owns 16 rows of dphi; what is past them is never stored."""
     return padded(p.n * cfg["block_C"], cfg["threads"] // 2)
+
+
+def slice_width(p, cfg):
+    """Channels that one of the warps beside each other in dz phi owns, all streams of them; each has 16 tokens and they come first."""
+    return cfg["block_C"] // max(1, cfg["threads"] // 2 // cfg["block_T"])
 
 
 def shared_bytes(p, cfg):
@@ -192,7 +247,7 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, "stages": 1, "overlap": 0} for bt, bc, threads in tiles]
+    cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, "stages": 1, "overlap": 0, "in_place": 0} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
 
@@ -219,6 +274,7 @@ streams_grad = Kernel(
         "threads": (128, 256),
         "stages": (1, 2),
         "overlap": (0, 1),
+        "in_place": (0, 1),
     },
     default=default,
     invalid=invalid,
