@@ -3,6 +3,13 @@
 The three uses of x (``post_res``, ``pre``, ``project``) meet here, so autograd has nothing to add: 13u at n = 4. A block owns a slice of
 the channels, whose phi and dphi stay on chip, and walks over its split of the tokens; the next tile is on its way while the present one is
 worked on. dphi is summed per split (``sum_parts`` adds the splits), so it is bitwise repeatable.
+
+Where the four terms of dx meet is the knob ``sums``:
+
+- ``"divide"``: in rows of 16 bytes a thread, to which dz phi goes through shared memory, one stream at a time.
+- ``"rows"``: the same with c/K by multiplication: a true division is a branch, and the compiler keeps no converted value across it.
+- ``"in_place"``: in the layout the product leaves dz phi in, all streams at once; dx takes the place of dy, which nobody reads any more,
+  and leaves from there in rows. Each value is converted once, and 5 barriers a tile replace 11.
 """
 
 import tilelang.language as T
@@ -20,18 +27,20 @@ def build(p, cfg):
     kp = dphi_rows(p, cfg)
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
-    overlap, in_place = cfg["overlap"] == 1, cfg["in_place"] == 1
-    streams = tuple(range(n))  # expanded when traced: each has a fragment of its own
-    pad = 8 if in_place else 0
+    overlap, in_place, pad = cfg["overlap"] == 1, cfg["sums"] == "in_place", padding(cfg)
+    width = bc // slices(cfg)
+    streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
     product = T.wgmma_gemm if overlap else T.gemm
     rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
     T_ = T.dynamic("T")
 
-    width = slice_width(p, cfg)
-
     def column(j, c):
-        """Column of dz phi for a stream and a channel, so that the warps of a product share the channels and not the streams."""
+        """Where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of its own."""
         return (c // width * n + j) * width + c % width
+
+    def mean(c):
+        """c/K."""
+        return c / K if cfg["sums"] == "divide" else c * (1.0 / K)
 
     @T.prim_func
     def streams_grad(
@@ -146,32 +155,31 @@ def build(p, cfg):
                     du_f[t, c] = du_s[st, t, c]
                 if in_place:
                     if overlap:
-                        T.wait_wgmma(2)  # dphi may take until the end of the tile
+                        T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
                     for j in streams:
-                        for t, w, c in T.Parallel(bt, bc // width, width):
-                            g_TK[t, (w * n + j) * width + c] += pre_s[st, t, j] * du_f[t, w * width + c]
+                        for t, c in T.Parallel(bt, bc):
+                            g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
                     for i in T.unroll(n):
                         for j in streams:
-                            for t, w, c in T.Parallel(bt, bc // width, width):
-                                g_TK[t, (w * n + j) * width + c] += res_s[st, t, i, j] * dy_f[i, t, w * width + c]
+                            for t, c in T.Parallel(bt, bc):
+                                g_TK[t, column(j, c)] += res_s[st, t, i, j] * dy_f[i, t, c]
                     for j in streams:
-                        for t, w, c in T.Parallel(bt, bc // width, width):
-                            x_f[t, w * width + c] = x_s[st, t, j * bc + w * width + c]
-                        for t, w, c in T.Parallel(bt, bc // width, width):
-                            dx_f[t, w * width + c] = g_TK[t, (w * n + j) * width + c] + dz_s[st, M, t] * (1.0 / K) * x_f[t, w * width + c]
-                        for t, w, c in T.Parallel(bt, bc // width, width):
-                            dy_s[st, t, j * bc + w * width + c] = dx_f[t, w * width + c]
+                        for t, c in T.Parallel(bt, bc):
+                            x_f[t, c] = x_s[st, t, j * bc + c]
+                        for t, c in T.Parallel(bt, bc):
+                            g_TK[t, column(j, c)] += mean(dz_s[st, M, t]) * x_f[t, c]
+                    for j in streams:
+                        for t, c in T.Parallel(bt, bc):
+                            dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
                     if overlap:
                         T.wait_wgmma(0)
-                    if C % bc == 0 and t0 + bt <= T_:
-                        for j in T.unroll(n):
-                            for t, c in T.Parallel(bt, bc):
-                                dx[t0 + t, j, c0 + c] = dy_s[st, t, j * bc + c]
+                    if C % bc == 0 and t0 + bt <= T_:  # stores without tests, so that the loads before them go out at once
+                        for t, k in T.Parallel(bt, kb):
+                            dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
                     else:
-                        for j in T.unroll(n):
-                            for t, c in T.Parallel(bt, bc):
-                                if t0 + t < T_ and c0 + c < C:
-                                    dx[t0 + t, j, c0 + c] = dy_s[st, t, j * bc + c]
+                        for t, k in T.Parallel(bt, kb):
+                            if t0 + t < T_ and c0 + k % bc < C:
+                                dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
                 else:
                     for j in T.unroll(n):
                         # dz phi, through shared memory into the layout of rows; the next stream's while this one's are added up
@@ -190,7 +198,7 @@ def build(p, cfg):
                         for t, c in T.Parallel(bt, bc):
                             x_f[t, c] = x_s[st, t, j * bc + c]
                         for t, c in T.Parallel(bt, bc):
-                            dx_f[t, c] = g_s[t, c] + pre_s[st, t, j] * du_f[t, c] + dz_s[st, M, t] / K * x_f[t, c]
+                            dx_f[t, c] = g_s[t, c] + pre_s[st, t, j] * du_f[t, c] + mean(dz_s[st, M, t]) * x_f[t, c]
                         for i in T.unroll(n):
                             for t, c in T.Parallel(bt, bc):
                                 dx_f[t, c] += res_s[st, t, i, j] * dy_f[i, t, c]
@@ -209,18 +217,24 @@ def dphi_rows(p, cfg):
     return padded(p.n * cfg["block_C"], cfg["threads"] // 2)
 
 
-def slice_width(p, cfg):
-    """Channels that one of the warps beside each other in dz phi owns, all streams of them; each has 16 tokens and they come first."""
-    return cfg["block_C"] // max(1, cfg["threads"] // 2 // cfg["block_T"])
+def slices(cfg):
+    """Slices of a block's channels where dx is summed in place: the warps share the tokens, 16 each, those left over the channels."""
+    return max(1, cfg["threads"] // 2 // cfg["block_T"])
+
+
+def padding(cfg):
+    """Channels more in a staged row that is read in the layout of a product: rows of eight tokens in different banks."""
+    return 8 if cfg["sums"] == "in_place" else 0
 
 
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
-    n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
+    n, bt, bc, stages, kp, pad = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg), padding(cfg)
     part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 16)
-    staged = stages * (bt * (bc * (n + 1) + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
+    staged = stages * (bt * (bc * (n + 1) + 2 * pad + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
     split = 0 if part == 2 else x_parts(p) * bt * kp * 4
-    return staged + split + 2 * N * part * (bt + n * bc) + bt * (bc + 4) * 4
+    exchange = 0 if cfg["sums"] == "in_place" else bt * (bc + 4) * 4
+    return staged + split + 2 * N * part * (bt + n * bc) + exchange
 
 
 def invalid(p, cfg):
@@ -237,7 +251,10 @@ def invalid(p, cfg):
     kp = dphi_rows(p, cfg)
     if kp > 2 * p.n * bc:
         return f"block_C={bc}, threads={threads}: {threads // 32} warps need at least {threads // 4} columns of x"
-    live = (kp * padded(p.M, 16) + bt * bc * (p.n // 2 + 3)) // threads
+    in_place = cfg["sums"] == "in_place"
+    if in_place and (bc % (8 * slices(cfg)) or p.n * bc % (16 * slices(cfg))):
+        return f"block_C={bc}, threads={threads}: {slices(cfg)} slices of dz phi, wanted multiples of 8 channels and 16 columns in each"
+    live = (kp * padded(p.M, 16) + bt * bc * (p.n // 2 + (p.n + 1 if in_place else 3))) // threads
     if live > 250:
         return f"block_T={bt}, block_C={bc}: {live} live registers a thread would spill"
     need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
@@ -247,7 +264,8 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, "stages": 1, "overlap": 0, "in_place": 0} for bt, bc, threads in tiles]
+    rest = {"stages": 1, "overlap": 0, "sums": "divide"}
+    cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, **rest} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
 
@@ -271,19 +289,21 @@ streams_grad = Kernel(
         "block_T": (32, 64),
         "block_C": (16, 32, 64, 128),
         "splits": (1, 2, 3, 4, 8, 13, 16),
-        "threads": (128, 256),
+        "threads": (128, 256, 512),
         "stages": (1, 2),
         "overlap": (0, 1),
-        "in_place": (0, 1),
+        "sums": ("divide", "rows", "in_place"),
     },
     default=default,
     invalid=invalid,
     seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
+        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
+        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
+        {"block_T": 64, "block_C": 64, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows"},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows"},
+        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
+        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "sums": "in_place"},
     ),
     reference=reference.streams_grad,
     gpu_only=("threads", "stages", "overlap"),

@@ -2,10 +2,72 @@
 
 import pytest
 
-from tests.tl_kernels.checks import FEW, check, problems
+from tests.tl_kernels.checks import EVERY, FEW, check, problems
+from tl_kernels import KERNELS
+
+KERNEL = KERNELS["streams_grad"]
+#: Two slices of the channels, blocks of channels that divide C and that do not, one split and several.
+TILINGS = (
+    (4, 160, {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256}),
+    (4, 128, {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256}),
+    (2, 264, {"block_T": 64, "block_C": 128, "splits": 3, "threads": 256}),
+    (8, 72, {"block_T": 32, "block_C": 32, "splits": 2, "threads": 256}),
+)
+IN_PLACE = {**dict(KERNEL.seeds[0]), "splits": 2}
 
 
 @problems(FEW)
 @pytest.mark.parametrize("name", ["streams_grad"])
 def test_matches_the_reference(name, device, n, C, dtype):
     check(name, device, n, C, dtype)
+
+
+@problems(((1, 100, "bfloat16"), (3, 130, "float16"), (8, 72, "float32")), EVERY)
+@pytest.mark.parametrize("name", ["streams_grad"])
+def test_sums_in_place(name, device, n, C, dtype):
+    cfg = {**KERNEL.default(KERNEL.problem(n, C, dtype)), "sums": "in_place"}
+    check(name, device, n, C, dtype, cfg=cfg)
+
+
+@problems(((2, 77, "float32"),), EVERY)
+@pytest.mark.parametrize("name", ["streams_grad"])
+def test_sums_in_rows_without_a_division(name, device, n, C, dtype):
+    cfg = {**KERNEL.default(KERNEL.problem(n, C, dtype)), "sums": "rows"}
+    check(name, device, n, C, dtype, cfg=cfg)
+
+
+@pytest.mark.parametrize(("n", "C", "changes"), TILINGS)
+def test_every_tiling_of_sums_in_place(n, C, changes, device):
+    p = KERNEL.problem(n, C)
+    cfg = {**KERNEL.default(p), "sums": "in_place", **changes}
+    assert KERNEL.invalid(p, cfg) is None
+    check("streams_grad", device.type, n, C, cfg=cfg, tokens=(1, 37, 64, 131))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threads", [256, 512])
+@pytest.mark.parametrize("sums", ["rows", "in_place"])
+@pytest.mark.parametrize(("n", "C"), [(2, 2560), (4, 2560), (4, 4096), (4, 7168), (4, 1000)])
+def test_products_under_way_while_dx_is_summed(n, C, sums, threads):
+    p = KERNEL.problem(n, C)
+    cfg = {**IN_PLACE, "sums": sums, "threads": threads}
+    if KERNEL.invalid(p, cfg):
+        pytest.skip(KERNEL.invalid(p, cfg))
+    check("streams_grad", "cuda", n, C, cfg=cfg, tokens=(1, 37, 64, 8190, 8192))
+
+
+@pytest.mark.parametrize(
+    ("n", "changes", "why"),
+    [
+        (4, {"block_C": 48, "threads": 512}, "4 slices"),  # 12 channels in each
+        (5, {"block_C": 32, "threads": 512}, "16 columns"),  # 40 columns: no layout of shared memory that wgmma reads
+        (4, {"block_C": 128}, "registers"),
+    ],
+)
+def test_sums_in_place_that_cannot_work_say_why(n, changes, why):
+    assert why in KERNEL.invalid(KERNEL.problem(n, 2560), {**IN_PLACE, **changes})
+
+
+@pytest.mark.parametrize("seed", KERNEL.seeds, ids=str)
+def test_every_seed_serves_some_problem(seed):
+    assert any(KERNEL.invalid(KERNEL.problem(n, 2560), seed) is None for n in (2, 4, 8))
