@@ -9,7 +9,8 @@ Where the four terms of dx meet is the knob ``sums``:
 - ``"divide"``: in rows of 16 bytes a thread, to which dz phi goes through shared memory, one stream at a time.
 - ``"rows"``: the same with c/K by multiplication: a true division is a branch, and the compiler keeps no converted value across it.
 - ``"in_place"``: in the layout the product leaves dz phi in, all streams at once; dx takes the place of dy, which nobody reads any more,
-  and leaves from there in rows. Each value is converted once, and 5 barriers a tile replace 11.
+  and leaves from there in rows. Each value is converted once, and 5 barriers a tile replace 11. With ``barriers="hand"`` 3: TileLang's
+  own two more are where it cannot see that a copy goes to the other stage, and that dx is written by the thread that read dy there.
 """
 
 import tilelang.language as T
@@ -126,6 +127,7 @@ def build(p, cfg):
                     dz_hi[m, t] = high(dz_s[st, m, t], mma)
                     dz_lo[m, t] = low(dz_s[st, m, t], mma)
                 if in_place:
+                    T.sync_threads()
                     product(dz_hi, phi_hi, g_TK, transpose_A=True, clear_accum=True, policy=rows)
                     product(dz_hi, phi_lo, g_TK, transpose_A=True, policy=rows)
                     product(dz_lo, phi_hi, g_TK, transpose_A=True, policy=rows)
@@ -173,6 +175,7 @@ def build(p, cfg):
                             dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
                     if overlap:
                         T.wait_wgmma(0)
+                    T.sync_threads()
                     if C % bc == 0 and t0 + bt <= T_:  # stores without tests, so that the loads before them go out at once
                         for t, k in T.Parallel(bt, kb):
                             dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
@@ -246,6 +249,8 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_C={bc}, threads={threads}: a warp multiplies at least 16 tokens by 8 channels"
     if cfg["overlap"] and (mma_dtype(p) != "bfloat16" or bt % 64 or threads % 128):
         return f"overlap={cfg['overlap']}: wanted bf16 streams, block_T a multiple of 64 and threads of 128"
+    if cfg["barriers"] == "hand" and not (cfg["sums"] == "in_place" and cfg["overlap"] and cfg["stages"] == 2):
+        return f"barriers={cfg['barriers']}: wanted sums in place, products that overlap and two stages"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
     kp = dphi_rows(p, cfg)
@@ -264,7 +269,7 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    rest = {"stages": 1, "overlap": 0, "sums": "divide"}
+    rest = {"stages": 1, "overlap": 0, "sums": "divide", "barriers": "auto"}
     cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, **rest} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
@@ -293,18 +298,21 @@ streams_grad = Kernel(
         "stages": (1, 2),
         "overlap": (0, 1),
         "sums": ("divide", "rows", "in_place"),
+        "barriers": ("auto", "hand"),
     },
     default=default,
     invalid=invalid,
     seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
-        {"block_T": 64, "block_C": 64, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows"},
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows"},
-        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place"},
-        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "sums": "in_place"},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
+        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
+        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "hand"},
+        {"block_T": 64, "block_C": 64, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows", "barriers": "auto"},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows", "barriers": "auto"},
+        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
+        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "sums": "in_place", "barriers": "auto"},
     ),
     reference=reference.streams_grad,
-    gpu_only=("threads", "stages", "overlap"),
+    pass_configs=lambda cfg: {"tl.disable_thread_storage_sync": True} if cfg["barriers"] == "hand" else {},
+    gpu_only=("threads", "stages", "overlap", "barriers"),
 )
