@@ -6,21 +6,19 @@ in a pull request. Written by ``mhc-tune check --static --update``.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mhc.files import read_text, replace_file
-from mhc.yamlfile import MAX_BYTES, first_complaint
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner.compile_job import cached_shared_bytes, lowered_shared_bytes, refuse
 from tuner.cubin import cuda_images, read_cubin
 from tuner.errors import TuneError
+from tuner.modelfile import read_model, write_model
 from tuner.sass import BULK, instruction_mix
 
 Count = Annotated[int, Field(ge=0)]
@@ -114,24 +112,12 @@ def fingerprints_path(profile: Path) -> Path:
 
 def read_fingerprints(path: Path) -> Fingerprints:
     """Raises :class:`TuneError` on one line that names the file and the field."""
-    try:
-        return Fingerprints.model_validate_json(read_text(path, MAX_BYTES))
-    except FileNotFoundError:
-        raise TuneError(f"--fingerprints {path}: no fingerprints to compare with; write them: mhc-tune check --static --update") from None
-    except UnicodeDecodeError:
-        raise TuneError(f"--fingerprints {path}: is no UTF-8, wanted what mhc-tune check --static --update writes") from None
-    except OSError as e:
-        raise TuneError(f"--fingerprints {path}: cannot be read: {e.strerror or e}") from None
-    except ValidationError as e:
-        raise TuneError(f"--fingerprints {path}: {first_complaint(e)}") from None
+    found = read_model(Fingerprints, path, f"--fingerprints {path}", "mhc-tune check --static --update")
+    if found is None:
+        raise TuneError(f"--fingerprints {path}: no fingerprints to compare with; write them: mhc-tune check --static --update")
+    return found
 
 
 def write_fingerprints(path: Path, fingerprints: Fingerprints) -> None:
     """One program a line, sorted. Raises :class:`TuneError`."""
-    lines = [f"    {json.dumps(name)}: {json.dumps(f.model_dump())}" for name, f in sorted(fingerprints.programs.items())]
-    head = f'  "schema_version": {fingerprints.schema_version},\n  "arch": {json.dumps(fingerprints.arch)},\n'
-    programs = ",\n".join(lines)
-    try:
-        replace_file(path, f'{{\n{head}  "programs": {{\n{programs}\n  }}\n}}\n')
-    except OSError as e:
-        raise TuneError(f"--fingerprints {path}: cannot be written: {e.strerror or e}") from None
+    write_model(path, f"--fingerprints {path}", fingerprints, "programs")

@@ -14,22 +14,19 @@ widened by hand, until the next update.
 
 from __future__ import annotations
 
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mhc.files import read_text, replace_file
-from mhc.yamlfile import first_complaint
 from tuner.device_lock import hold
 from tuner.errors import TuneError
+from tuner.modelfile import read_model, write_model
 from tuner.regression import Rule, judge, noise_band
 
 #: Updates whose runs are kept: processes that the band is made of.
 KEEP = 8
-MAX_BYTES = 16 << 20
 OPTION = "--mhc-latency-baseline"
 
 Text = Annotated[str, Field(min_length=1)]
@@ -79,16 +76,7 @@ def read_all(place: Path) -> None:
 
 def read_baseline(path: Path) -> Baseline | None:
     """None where there is no file. Raises :class:`TuneError` on one line that names the file and the field."""
-    try:
-        return Baseline.model_validate_json(read_text(path, MAX_BYTES))
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise TuneError(f"{OPTION} {path}: is no UTF-8, wanted what --mhc-latency-update writes") from None
-    except OSError as e:
-        raise TuneError(f"{OPTION} {path}: cannot be read: {e.strerror or e}") from None
-    except ValidationError as e:
-        raise TuneError(f"{OPTION} {path}: {first_complaint(e)}; nothing was changed") from None
+    return read_model(Baseline, path, f"{OPTION} {path}", "--mhc-latency-update")
 
 
 def refreshed(old: Entry | None, runs: list[float], rule: Rule, torch: str, clock_mhz: float | None) -> Entry:
@@ -112,13 +100,7 @@ def write_entries(path: Path, device: str, entries: dict[str, Entry]) -> None:
         if old is not None and old.device != device:
             raise other_device(path, old.device, device)
         kernels = {**(old.kernels if old is not None else {}), **entries}
-        # a kernel a line, so that a difference shows which
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry.model_dump())}" for name, entry in sorted(kernels.items()))
-        text = f'{{\n  "schema_version": 1,\n  "device": {json.dumps(device)},\n  "kernels": {{\n{lines}\n  }}\n}}\n'
-        try:
-            replace_file(path, text)
-        except OSError as e:
-            raise TuneError(f"{OPTION} {path}: cannot be written: {e.strerror or e}") from None
+        write_model(path, f"{OPTION} {path}", Baseline(schema_version=1, device=device, kernels=kernels), "kernels")
 
 
 def other_device(path: Path, there: str, here: str) -> TuneError:

@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mhc.files import read_text, replace_file
 from mhc.schema import Date, Positive, Text
-from mhc.yamlfile import MAX_BYTES, first_complaint
-from tuner.errors import TuneError
+from tuner.modelfile import read_model, write_model
 from tuner.regression import Rule, judge, noise_band
 from tuner.timing import median
 
@@ -57,27 +54,12 @@ def noise_path(profile: Path) -> Path:
 
 def read_noise(path: Path) -> Noise | None:
     """The file, or None where there is none. Raises :class:`TuneError` on one line that names the file and the field."""
-    try:
-        return Noise.model_validate_json(read_text(path, MAX_BYTES))
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise TuneError(f"{path}: is no UTF-8, wanted what mhc-tune check --calibrate writes") from None
-    except OSError as e:
-        raise TuneError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except ValidationError as e:
-        raise TuneError(f"{path}: {first_complaint(e)}") from None
+    return read_model(Noise, path, str(path), "mhc-tune check --calibrate")
 
 
 def write_noise(path: Path, noise: Noise) -> None:
     """One entry a line, sorted. Raises :class:`TuneError`."""
-    head = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in noise.model_dump(exclude={"entries"}).items()]
-    lines = [f"    {json.dumps(name)}: {json.dumps(band.model_dump())}" for name, band in sorted(noise.entries.items())]
-    body = ",\n".join(lines)
-    try:
-        replace_file(path, "{\n" + ",\n".join([*head, f'  "entries": {{\n{body}\n  }}']) + "\n}\n")
-    except OSError as e:
-        raise TuneError(f"--calibrate {path}: cannot be written: {e.strerror or e}") from None
+    write_model(path, f"--calibrate {path}", noise, "entries")
 
 
 def bands(runs: Mapping[str, Sequence[float]]) -> dict[str, Band]:

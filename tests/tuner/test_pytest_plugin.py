@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuner import latency_baseline, latency_fixture, timing
+from tuner import latency_baseline, latency_fixture, modelfile, timing
 from tuner.device_state import State, Watch
 from tuner.timing import Clock
 
@@ -341,7 +341,7 @@ def test_a_file_that_cannot_be_written_is_an_error_in_one_line(runner, monkeypat
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(latency_baseline, "replace_file", full)
+    monkeypatch.setattr(modelfile, "replace_file", full)
     result = runner.update("-k", "test_a")
     result.assert_outcomes(passed=1, errors=1, deselected=1)
     says(result, "UsageError: --mhc-latency-baseline *cpu.json: cannot be written: No space left on device")
