@@ -25,10 +25,10 @@ def write(tmp_path, data):
 
 def test_a_ledger_is_read_whole(tmp_path, study):
     (read,) = read_ledger(write(tmp_path, make_ledger(study))).studies
-    assert len(read.results) == len(study["trials"]) == 180
+    assert len(read.results) == len(study["trials"]) > 100
     assert read.missing("sm_90a") == 0
     refused = sum(t["outcome"] == "infeasible" for t in study["trials"])
-    assert 0 < refused == 180 - read.size
+    assert 0 < refused == len(study["trials"]) - read.size
     times = {config_key(t["config"]): t["time_us"] for t in study["trials"] if t["outcome"] == "ok"}
     assert read.best.time_us == min(times.values())
     assert read.near_best(0.02) == {key for key, us in times.items() if us <= 1.02 * min(times.values())}
@@ -42,6 +42,12 @@ def test_what_a_slow_trial_took_is_not_the_best(tmp_path, study):
     (read,) = read_ledger(write(tmp_path, make_ledger(other))).studies
     assert read.best.config != fastest["config"]
     assert config_key(fastest["config"]) not in read.near_best(0.02)
+
+
+def test_a_repeated_trial_is_named_by_its_place(tmp_path, study):
+    trials = study["trials"]
+    with pytest.raises(TuneError, match=rf"trials\[{len(trials)}\] repeats an earlier configuration"):
+        read_ledger(write(tmp_path, make_ledger({**study, "trials": [*trials, trials[0]]})))
 
 
 def test_what_was_left_out_is_counted(tmp_path, study):
@@ -74,7 +80,6 @@ def test_what_was_left_out_is_counted(tmp_path, study):
             lambda d: d["studies"][0]["trials"][3].update(config={"threads": 1}),
             "config: got the knobs threads, wanted the default's",
         ),
-        (lambda d: d["studies"][0]["trials"].append(d["studies"][0]["trials"][0]), "trials[180] repeats an earlier configuration"),
         (lambda d: d["studies"][0]["default"].update(threads=999), "was not measured"),
         (lambda d: [t.update(outcome="crash", time_us=None) for t in d["studies"][0]["trials"]], "none has outcome 'ok'"),
         (lambda d: d["hardware"].pop("arch"), "hardware.arch: Field required"),
