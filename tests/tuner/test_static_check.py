@@ -1,5 +1,6 @@
 """mhc-tune check --static: verdicts, exit codes and every output; planted regressions, and a sample of the profile that ships."""
 
+import functools
 import json
 import sys
 import xml.etree.ElementTree as ET
@@ -7,10 +8,10 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from mhc.profile import packaged_dir, read_profile, save_profile
-from mhc.schema import Entry, Profile, Provenance
+from mhc.schema import Profile, Provenance
 from tests.tuner import planted_fingerprints, planted_programs
+from tests.tuner.conftest import make_entry
 from tests.tuner.test_fingerprint import compiles
-from tl_kernels import KERNELS
 from tuner import cli, static_check
 from tuner.fingerprint import fingerprint_job, fingerprints_path, read_fingerprints
 from tuner.static_check import StaticRequest, programs_of
@@ -18,12 +19,7 @@ from tuner.static_check import StaticRequest, programs_of
 #: Of every way to move data: copied by threads, through registers alone, summed across threads, by async copies. Seconds to compile.
 SAMPLE = "pre,post_res,pre_bwd,sum_parts,sinkhorn"
 
-
-def entry(kernel, C=2560, tokens=8192, **fields):
-    spec = KERNELS[kernel]
-    measured = {"time_us": 2.0, "time_ci_us": (1.9, 2.1), "gbps": 1.0, "copy_share": 0.5, "default_us": 2.0, "verdict": "default"}
-    config = {"config": spec.default(spec.problem(4, C)), "error": {"u": 0.0}, "source_hash": spec.source_hash}
-    return Entry(**{"kernel": kernel, "n": 4, "C": C, "dtype": "bfloat16", "tokens": tokens, **measured, **config, **fields})
+entry = functools.partial(make_entry, C=2560, tokens=8192)
 
 
 @pytest.fixture
