@@ -1,36 +1,14 @@
 """Projection and norm, Eq. 14-15: z = vec(x) phi, 1/r = rsqrt(mean(vec(x)^2) + norm_eps). Forward and backward.
 
-Both multiply on tensor cores without losing fp32: a float32 operand is the sum of a high and a low part that the MMA takes exactly
-(bfloat16 streams: bf16 parts, 2^-17 relative; fp16 and fp32 streams: tf32 parts, 2^-21), and bfloat16 x feeds the MMA as it is.
+Both multiply on tensor cores without losing fp32 (tl_kernels/mma.py).
 The backward makes dx and dphi in one pass over x; dphi is summed per token split, then over splits, so it is bitwise repeatable.
 """
 
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
-
-ACC = "float32"
-
-
-def mma_dtype(p):
-    return "bfloat16" if p.dtype == "bfloat16" else "float32"
-
-
-def x_parts(p):
-    """How many parts x needs: 16-bit streams are exact in one."""
-    return 2 if p.dtype == "float32" else 1
-
-
-def padded(size, to):
-    return ceildiv(size, to) * to
-
-
-def high(value, dtype):
-    """The part of a float32 that an MMA of ``dtype`` takes exactly."""
-    if dtype == "bfloat16":
-        return T.cast(value, dtype)
-    return T.reinterpret(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFE000)), "float32")
+from tl_kernels.mma import ACC, high, low, mma_dtype, padded, x_parts
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
 
 def build_fwd(p, cfg):
@@ -66,7 +44,7 @@ def build_fwd(p, cfg):
                 T.copy(phi[0, k * bk], phi_s)
                 for i, j in T.Parallel(N, bk):
                     phi_hi[i, j] = high(phi_s[i, j], mma)
-                    phi_lo[i, j] = T.cast(phi_s[i, j] - T.cast(high(phi_s[i, j], mma), ACC), mma)
+                    phi_lo[i, j] = low(phi_s[i, j], mma)
                 for i, j in T.Parallel(bt, bk):
                     square[i, j] += T.cast(x_s[i, j], ACC) * T.cast(x_s[i, j], ACC)
                 # tensor cores truncate as they accumulate: only one block's sum may grow there
@@ -83,7 +61,7 @@ def build_fwd(p, cfg):
                     if nx == 2:
                         x_lo = T.alloc_shared((bt, bk), mma)
                         for i, j in T.Parallel(bt, bk):
-                            x_lo[i, j] = T.cast(x_s[i, j], ACC) - high(T.cast(x_s[i, j], ACC), mma)
+                            x_lo[i, j] = low(T.cast(x_s[i, j], ACC), mma)
                         T.gemm(x_lo, phi_hi, part, transpose_B=True)
                 for i, j in T.Parallel(bt, N):
                     z_TN[i, j] += part[i, j]
@@ -129,7 +107,7 @@ def build_bwd(p, cfg):
             for i, j in T.Parallel(N, bk):
                 value = T.if_then_else(i < M and k0 + j < K, phi[i, k0 + j], 0.0)
                 phi_hi[i, j] = high(value, mma)
-                phi_lo[i, j] = T.cast(value - T.cast(high(value, mma), ACC), mma)
+                phi_lo[i, j] = low(value, mma)
             T.clear(dphi_KN)
             for tile in T.Pipelined(T.ceildiv(T.ceildiv(T_, bt), splits), num_stages=cfg["stages"]):
                 t0 = (tile * splits + s) * bt
@@ -137,7 +115,7 @@ def build_bwd(p, cfg):
                 for i, j in T.Parallel(bt, N):
                     value = T.if_then_else(t0 + i < T_ and j < M, dz[t0 + i, j], 0.0)
                     dz_hi[i, j] = high(value, mma)
-                    dz_lo[i, j] = T.cast(value - T.cast(high(value, mma), ACC), mma)
+                    dz_lo[i, j] = low(value, mma)
                 # dx = dz phi - d(1/r)/r^3 x/K
                 T.clear(dx_TK)
                 T.gemm(dz_hi, phi_hi, dx_TK)
@@ -156,7 +134,7 @@ def build_bwd(p, cfg):
                     if nx == 2:
                         x_lo = T.alloc_shared((bt, bk), mma)
                         for i, j in T.Parallel(bt, bk):
-                            x_lo[i, j] = T.cast(x_s[i, j], ACC) - high(T.cast(x_s[i, j], ACC), mma)
+                            x_lo[i, j] = low(T.cast(x_s[i, j], ACC), mma)
                         T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True)
                 for i, j in T.Parallel(bt, bk):
                     t = T.min(t0 + i, T_ - 1)
