@@ -10,7 +10,7 @@ import torch
 from mhc import profile
 from tuner.bench_case import TOLERANCE, Shape
 from tuner.bench_remote import parse_envs
-from tuner.bench_rivals import RIVALS, rival_names
+from tuner.bench_rivals import RIVALS, check_rivals, rival_names
 from tuner.errors import TuneError, unknown
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
@@ -77,9 +77,7 @@ def make_plan(request: BenchRequest) -> Plan:
     shapes = [Shape.parse(text) for text in split_names(request.shapes) or ()]
     known = rival_names()
     wanted = [name.replace("-", "_") for name in split_names(request.rivals) or ()]
-    for name in [*wanted, *(name for shape in shapes for name in shape.only or ())]:
-        if name.replace("-", "_") not in known:
-            raise unknown("rival", name, known)
+    check_rivals([*wanted, *(name for shape in shapes for name in shape.only or ())], known)
     if request.dtype not in TOLERANCE:
         raise unknown("dtype", request.dtype, TOLERANCE)
     layers = _counts("--layers", request.layers)
@@ -87,9 +85,7 @@ def make_plan(request: BenchRequest) -> Plan:
         raise TuneError("--layers: got nothing, wanted at least one depth, such as 1,4")
     tokens = None if request.tokens is None else _counts("--tokens", request.tokens if request.tokens != "none" else "")
     envs = parse_envs(list(request.rival_envs))
-    for name in envs:
-        if name not in known:
-            raise unknown("rival", name, known)
+    check_rivals(envs, known)
     hardware = resolve(request.gpu)
     kind = "cpu" if hardware.is_cpu else "cuda"
     out = request.out or Path("results") / hardware.profile

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -202,6 +202,13 @@ def rival_names() -> list[str]:
         return list(RIVALS)
     others = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
     return ["ours", *others, *(name for name in RIVALS if name != "ours")]
+
+
+def check_rivals(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise :class:`TuneError` for a name, ``-`` and ``_`` alike, that is not among the known."""
+    for name in names:
+        if name.replace("-", "_") not in known:
+            raise unknown("rival", name, known)
 
 
 def rival(name: str) -> Rival:

@@ -16,7 +16,7 @@ from tuner.errors import printable
 from tuner.report_history import SERIES, History
 from tuner.report_plots import Gain
 from tuner.report_read import Bench, Check, DecodeRow, Device, KernelRow, Replay, Row, ShapeResult, Startup, Time, Tune
-from tuner.timing import median
+from tuner.startup_report import FIGURES, cells
 
 FRESH, STALE, UNKNOWN = "fresh", "stale", "not in this checkout"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -268,23 +268,11 @@ def replayed(replay: Replay) -> Table:
 
 def started(startup: Startup) -> Table:
     """A line a way to start; what failed is said below."""
-    rows = []
-    for row in startup.rows:
-        first = [s.first for s in row.samples]
-        seconds = (
-            [NOTHING] * 4
-            if not first
-            else [
-                f"{median([s.torch for s in row.samples]):.2f}",
-                f"{median(first):.2f} ({min(first):.2f} to {max(first):.2f})",
-                f"{median([s.first - s.torch for s in row.samples]):.2f}",
-                f"{median([s.second - s.first for s in row.samples]):.3f}",
-            ]
-        )
-        rows.append(_row(row.label, row.setup, *seconds, str(len(first))))
-    head = ["implementation", "start", "torch imported", "first step ended", "beyond torch", "second step", "starts"]
+    rows = [
+        _row(row.label, row.setup, *cells([sample.model_dump() for sample in row.samples]), str(len(row.samples))) for row in startup.rows
+    ]
     notes = [f"{row.label}, {row.setup}: {row.failure}" for row in startup.rows if row.failure]
-    return Table(head, rows, 2, notes)
+    return Table(["implementation", "start", *FIGURES, "starts"], rows, 2, notes)
 
 
 def checked(check: Check) -> Table:

@@ -28,11 +28,11 @@ from mhc.files import replace_file
 from tuner.bench_case import TOLERANCE, Shape
 from tuner.bench_display import BenchDisplay
 from tuner.bench_remote import find_env, parse_envs, python_command
-from tuner.bench_rivals import rival, rival_names
+from tuner.bench_rivals import check_rivals, rival, rival_names
 from tuner.errors import INTERRUPTED, TuneError, unknown
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
-from tuner.timing import median
+from tuner.startup_report import markdown
 
 #: Seconds for one start: some rivals compile for minutes.
 LIMIT_S = 600.0
@@ -112,9 +112,7 @@ def _plan(request: StartupRequest) -> tuple[Hardware, Shape, list[str], dict[str
     known = rival_names()
     wanted = [name.replace("-", "_") for name in split_names(request.rivals) or ()]
     envs = parse_envs(list(request.rival_envs))
-    for name in (*wanted, *envs):
-        if name not in known:
-            raise unknown("rival", name, known)
+    check_rivals((*wanted, *envs), known)
     if request.dtype not in TOLERANCE:
         raise unknown("dtype", request.dtype, TOLERANCE)
     shape = None if request.shape is None else Shape.parse(request.shape, "--shape")
@@ -149,15 +147,15 @@ def _starts(rivals: list[str], request: StartupRequest, device: str, shape: Shap
 
 
 def _start(arguments: list[str], env: Path | None, folder: Path, more: Mapping[str, str]) -> tuple[dict[str, float] | None, str | None]:
-    """Seconds since the process was started, by moment; or why it did not come so far, on one line."""
+    """Seconds since the process was started, by moment; or why it did not come so far, on one line. ``more``: what a bundle needs, and then
+    no variable tells where a compiler is.
+    """
     links = folder / "links"
     links.mkdir(exist_ok=True)
     command, variables = python_command(env, ["-m", "tuner.startup_worker", *arguments], links)
+    hidden = ("MHC_BUNDLE", *(COMPILERS if more else ()))
+    variables = {k: v for k, v in variables.items() if k not in hidden}
     variables |= {variable: str(folder / name) for variable, name in CACHES.items()} | dict(more)
-    if "MHC_BUNDLE" not in more:
-        variables.pop("MHC_BUNDLE", None)
-    else:
-        variables = {k: v for k, v in variables.items() if k not in COMPILERS}
     if arguments[-1] == "cpu":
         variables.setdefault("MHC_BACKEND", "tilelang")  # on the CPU PyTorch may serve, and starts at once
     begun = time.time()
@@ -184,42 +182,6 @@ def _store(result: dict[str, Any], start: Start, seconds: dict[str, float] | Non
         row["failure"] = failure
     else:
         row["samples"].append({moment: round(value, 3) for moment, value in seconds.items()})
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table, one line a way to start."""
-    lines = [
-        f"# From the start of a script to the end of its first step, {result['hardware']['name']}",
-        "",
-        ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + f"; {result['date']}.",
-        "",
-        f"Command: `{result['command']}`",
-        "",
-        f"One boundary, identity layer, forward + backward, T x n x C = {result['T']} x {result['n']} x {result['C']}, {result['dtype']}. "
-        "Seconds since the process was started, medians (least to most). Cold: every compiler's cache is empty; cached: filled by the cold "
-        "start; bundle: empty caches, programs compiled elsewhere, no compiler on PATH. Beyond torch: first step less the import of torch.",
-        "",
-        "| implementation | start | torch imported | ready | first step ended | beyond torch | second step | starts |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["rows"]:
-        cells = [row["label"], row["setup"], *_cells(row["samples"]), str(len(row["samples"]))]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"\n- {row['label']}, {row['setup']}: {row['failure']}" for row in result["rows"] if row["failure"]]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(samples: list[dict[str, float]]) -> list[str]:
-    if not samples:
-        return ["-"] * 5
-    first = [s["first"] for s in samples]
-    return [
-        f"{median([s['torch'] for s in samples]):.2f}",
-        f"{median([s['ready'] for s in samples]):.2f}",
-        f"{median(first):.2f} ({min(first):.2f} to {max(first):.2f})",
-        f"{median([s['first'] - s['torch'] for s in samples]):.2f}",
-        f"{1e3 * median([s['second'] - s['first'] for s in samples]):.1f} ms",
-    ]
 
 
 def _write(result: dict[str, Any], out: Path) -> None:

@@ -100,6 +100,15 @@ def make_entry(kernel, C=64, tokens=64, **fields):
     return Entry(**{"kernel": kernel, "n": 4, "C": C, "dtype": "bfloat16", "tokens": tokens, **measured, **config, **fields})
 
 
+def outcome(monkeypatch, capsys, *args):
+    """Exit code and what was printed of ``mhc-tune *args``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["mhc-tune", *map(str, args)])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    printed = capsys.readouterr()
+    return e.value.code, printed.out + printed.err
+
+
 @pytest.fixture
 def profile_here(tmp_path):
     """A function that writes a profile of these entries, measured here, and gives its path."""
@@ -131,10 +140,6 @@ def check_here(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(latency_check, "surface_job", latency_job.surface_job if surface else planted_latency.surface_planted)
         folder = tempfile.mkdtemp(dir=tmp_path)
         monkeypatch.setenv(planted_latency.VARIABLE, json.dumps({"folder": folder, **spec}))
-        monkeypatch.setattr(sys, "argv", ["mhc-tune", "check", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            cli.main()
-        printed = capsys.readouterr()
-        return e.value.code, printed.out + printed.err
+        return outcome(monkeypatch, capsys, "check", *args)
 
     return run

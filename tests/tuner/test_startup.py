@@ -9,7 +9,8 @@ import pytest
 
 from tuner import startup as module
 from tuner.errors import INTERRUPTED, TuneError
-from tuner.startup import MOMENTS, StartupRequest, markdown, run_startup
+from tuner.startup import MOMENTS, StartupRequest, run_startup
+from tuner.startup_report import markdown
 
 TINY = StartupRequest("mhc-tune startup ...", gpu="cpu", shape="3x2x32", repeats=1)
 

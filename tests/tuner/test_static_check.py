@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -10,9 +9,9 @@ import pytest
 from mhc.profile import packaged_dir, read_profile, save_profile
 from mhc.schema import Profile, Provenance
 from tests.tuner import planted_fingerprints, planted_programs
-from tests.tuner.conftest import make_entry
+from tests.tuner.conftest import make_entry, outcome
 from tests.tuner.test_fingerprint import compiles
-from tuner import cli, static_check
+from tuner import static_check
 from tuner.fingerprint import fingerprint_job, fingerprints_path, read_fingerprints
 from tuner.static_check import StaticRequest, programs_of
 
@@ -46,11 +45,7 @@ def check(monkeypatch, capsys):
     def run(*args, planted=None, job=planted_fingerprints.fingerprint_planted):
         monkeypatch.setattr(static_check, "fingerprint_job", job)
         monkeypatch.setenv(planted_fingerprints.VARIABLE, json.dumps(planted or {}))
-        monkeypatch.setattr(sys, "argv", ["mhc-tune", "check", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            cli.main()
-        printed = capsys.readouterr()
-        return e.value.code, printed.out + printed.err
+        return outcome(monkeypatch, capsys, "check", *args)
 
     return run
 
