@@ -12,7 +12,7 @@ about to change the compiler that ships.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +44,14 @@ class StaticRequest:
 
     gpu: str = "auto"
     profile: str | None = None
+    selection: Selection = field(default_factory=Selection)
     fingerprints: Path | None = None
-    kernels: str | None = None
-    workloads: str | None = None
-    shapes: str | None = None
     jobs: int | None = None
     update: bool = False
     strict: bool = False
     json: Path | None = None
     junit: Path | None = None
     summary: Path | None = None
-
-    @property
-    def selection(self) -> Selection:
-        return Selection(self.kernels, self.workloads, self.shapes)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tests.tuner.conftest import make_entry, outcome
 from tests.tuner.test_fingerprint import compiles
 from tuner import static_check
 from tuner.fingerprint import fingerprint_job, fingerprints_path, read_fingerprints
+from tuner.selection import Selection
 from tuner.static_check import StaticRequest, programs_of
 
 #: Of every way to move data: copied by threads, through registers alone, summed across threads, by async copies. Seconds to compile.
@@ -151,7 +152,7 @@ def test_a_configuration_that_its_kernel_no_longer_takes_is_not_compiled(check, 
 def test_filters_keep_what_they_name(profile):
     one = [entry("pre"), entry("pre", C=4096, tokens=2048), entry("sinkhorn"), entry("sinkhorn", C=4096), entry("sum_parts", tokens=8192)]
     read = read_profile(profile(*one))
-    names = lambda **filters: [p.name for p in programs_of(read, StaticRequest(**filters))]  # noqa: E731
+    names = lambda **filters: [p.name for p in programs_of(read, StaticRequest(selection=Selection(**filters)))]  # noqa: E731
     pre, wide, sinkhorn, parts = names()
     assert sinkhorn.startswith("sinkhorn n=4 ("), "one program for every C"
     assert names(kernels="pre") == [pre, wide]

@@ -99,15 +99,17 @@ def check(
     if wrong:
         why = "with --static, which times nothing" if static else "without --static, wanted both or none"
         raise TuneError(f"{wrong[0]}: got it {why}")
+    from tuner.selection import Selection
+
+    selection = Selection(kernels, workloads, shapes)
     if not static:
         from tuner.latency_check import latency_check
         from tuner.latency_plan import LatencyRequest
-        from tuner.selection import Selection
 
         timed_request = LatencyRequest(
             gpu=gpu,
             profile=profile,
-            selection=Selection(kernels, workloads, shapes),
+            selection=selection,
             baseline=baseline,
             against=against,
             calibrate=calibrate,
@@ -127,10 +129,8 @@ def check(
     request = StaticRequest(
         gpu=gpu,
         profile=profile,
+        selection=selection,
         fingerprints=fingerprints,
-        kernels=kernels,
-        workloads=workloads,
-        shapes=shapes,
         jobs=jobs,
         update=update,
         strict=strict,
