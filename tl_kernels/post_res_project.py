@@ -1,37 +1,29 @@
 """Layer output of one sublayer and projection for the next in one pass: ``post_res``, then ``project_parts`` of y as it is stored.
 
 y is written once and never read: 9u instead of 13u at n = 4. One block owns ``block_T`` tokens and a split of the channels; the next
-channel block of x, f and phi is on its way while y of the present one is mixed, stored, squared and multiplied. ``overlap`` multiplies y
-of the block before meanwhile, with one barrier a block.
+channel block of x, f and phi is on its way while y of the present one is mixed, stored, squared and multiplied. ``order``, see
+tl_kernels/order.py, says which blocks run beside each other.
 """
 
 import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
-from tl_kernels.pieces import pieces
+from tl_kernels.order import ORDERS, walk
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
 
 
 def build(p, cfg):
     n, C, M, K, dtype, mma = p.n, p.C, p.M, p.K, p.dtype, mma_dtype(p)
     bt, bc, splits, stages = cfg["block_T"], cfg["block_C"], cfg["splits"], cfg["stages"]
-    rows, N = padded(M, 8), half(p, cfg)
+    rows, N = padded(M, 8), half(p)
     per = ceildiv(ceildiv(C, bc), splits)
     kb = n * bc
     nx = x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
-    overlap = cfg["overlap"] == 1
-    some, wide = pieces(p, kb, cfg["threads"]) if overlap else (rows, 1)
     T_ = T.dynamic("T")
 
-    @T.macro
-    def load(phi, start, phi_f):
-        for m, c, e in T.Parallel(some, kb // wide, wide):
-            at = start + c % (bc // wide) * wide
-            phi_f[m, c, e] = T.if_then_else(m < M and at < C, phi[T.min(m, M - 1), c // (bc // wide) * C + at + e], 0.0)
-
-    product = {"transpose_B": True, "clear_accum": True, "annotations": {"wg_wait": -1}}  # nobody waits
+    grid, begin, step = walk(cfg, bc, per)
 
     @T.prim_func
     def post_res_project(
@@ -43,54 +35,45 @@ def build(p, cfg):
         y: T.Tensor((T_, n, C), dtype),
         parts: T.Tensor((splits, M + 1, T_), ACC),
     ):
-        with T.Kernel(T.ceildiv(T_, bt), splits, threads=cfg["threads"]) as (block, s):
-            t0 = block * bt
-            first = s * per * bc
+        with T.Kernel(*grid(T.ceildiv(T_, bt), splits), threads=cfg["threads"]) as place:
+            t0 = grid(*place)[0] * bt
+            s = grid(*place)[1]
+            first = s * begin
             x_s = T.alloc_shared((stages, bt, kb), dtype)
             f_s = T.alloc_shared((stages, bt, bc), dtype)
             post_s = T.alloc_shared((bt, n), ACC)
             res_s = T.alloc_shared((bt, n * n), ACC)
-            if overlap:
-                # of this block of channels and of the one before; what rows past M hold comes out in columns that nobody reads
-                y_s = T.alloc_shared((2, bt, kb), mma)
-                phi_s = T.alloc_shared((2, 2 * N, kb), mma)
-                z_s = T.alloc_shared((2 * N, bt + 4), ACC)  # tokens beside each other, rows in different banks
-            else:
-                y_s = T.alloc_shared((bt, kb), mma)
-                if nx == 2:
-                    y_lo = T.alloc_shared((bt, kb), mma)
-                phi_s = T.alloc_shared((2 * N, kb), mma)
-                z_s = T.alloc_shared((bt, 2 * N), ACC)
+            y_s = T.alloc_shared((bt, kb), mma)
+            if nx == 2:
+                y_lo = T.alloc_shared((bt, kb), mma)
+            phi_s = T.alloc_shared((2 * N, kb), mma)
+            z_s = T.alloc_shared((bt, 2 * N), ACC)
             z_TN = T.alloc_fragment((bt, 2 * N), ACC)
             block_TN = T.alloc_fragment((bt, 2 * N), ACC)
-            phi_f = T.alloc_fragment((some, kb // wide, wide) if overlap else (rows, kb), ACC)
-            x_f = T.alloc_fragment((n, bt, bc), ACC if overlap else dtype)
-            f_f = T.alloc_fragment((bt, bc), ACC if overlap else dtype)
+            phi_f = T.alloc_fragment((rows, kb), ACC)
+            x_f = T.alloc_fragment((n, bt, bc), dtype)
+            f_f = T.alloc_fragment((bt, bc), dtype)
             y_f = T.alloc_fragment((bt, bc), ACC)
             stored = T.alloc_fragment((bt, bc), dtype)
             square = T.alloc_fragment((bt, bc), ACC)
             mean = T.alloc_fragment((bt,), ACC)
             T.clear(z_TN)
             T.clear(square)
-            if not overlap:
-                T.clear(phi_s)
+            T.clear(phi_s)
             for q in T.unroll(stages - 1):
-                fetch(f[t0 : t0 + bt, first + q * bc : first + q * bc + bc], f_s[q, :, :])
+                fetch(f[t0 : t0 + bt, first + q * step : first + q * step + bc], f_s[q, :, :])
                 for j in T.unroll(n):
-                    fetch(x[t0 : t0 + bt, j, first + q * bc : first + q * bc + bc], x_s[q, :, j * bc : j * bc + bc])
-            if overlap:
-                load(phi, first, phi_f)
-            else:
-                for m, c in T.Parallel(rows, kb):
-                    at = first + c % bc
-                    phi_f[m, c] = T.if_then_else(m < M and at < C, phi[T.min(m, M - 1), T.min(c // bc * C + at, K - 1)], 0.0)
+                    fetch(x[t0 : t0 + bt, j, first + q * step : first + q * step + bc], x_s[q, :, j * bc : j * bc + bc])
+            for m, c in T.Parallel(rows, kb):
+                at = first + c % bc
+                phi_f[m, c] = T.if_then_else(m < M and at < C, phi[T.min(m, M - 1), T.min(c // bc * C + at, K - 1)], 0.0)
             for t, i in T.Parallel(bt, n):
                 post_s[t, i] = T.if_then_else(t0 + t < T_, H_post[t0 + t, i], 0.0)
             for t, i, j in T.Parallel(bt, n, n):
                 res_s[t, i * n + j] = T.if_then_else(t0 + t < T_, H_res[t0 + t, i, j], 0.0)
             for k in T.serial(per):
-                c0 = first + k * bc
-                ahead = c0 + (stages - 1) * bc
+                c0 = first + k * step
+                ahead = c0 + (stages - 1) * step
                 if stages == 1:
                     fetch(f[t0 : t0 + bt, ahead : ahead + bc], f_s[0, :, :])
                     for j in T.unroll(n):
@@ -100,27 +83,17 @@ def build(p, cfg):
                         T.ptx_wait_group((n + 1) * (stages - 2))
                     else:
                         T.ptx_wait_group(0)
-                    if overlap:
-                        T.fence_proxy_async()
                     T.sync_threads()
-                    if overlap and k > 0:
-                        T.gemm(y_s[(k + 1) % 2, :, :], phi_s[(k + 1) % 2, :, :], block_TN, **product)
                     if k + stages - 1 < per:
                         fetch(f[t0 : t0 + bt, ahead : ahead + bc], f_s[(k + stages - 1) % stages, :, :])
                         for j in T.unroll(n):
                             fetch(x[t0 : t0 + bt, j, ahead : ahead + bc], x_s[(k + stages - 1) % stages, :, j * bc : j * bc + bc])
-                if overlap:
-                    for m, c, e in T.Parallel(some, kb // wide, wide):
-                        phi_s[k % 2, m, c * wide + e] = high(phi_f[m, c, e], mma)
-                        phi_s[k % 2, N + m, c * wide + e] = low(phi_f[m, c, e], mma)
-                    load(phi, c0 + bc, phi_f)
-                else:
-                    for m, c in T.Parallel(rows, kb):
-                        phi_s[m, c] = high(phi_f[m, c], mma)
-                        phi_s[N + m, c] = low(phi_f[m, c], mma)
-                    for m, c in T.Parallel(rows, kb):
-                        at = c0 + bc + c % bc
-                        phi_f[m, c] = T.if_then_else(m < M and at < C, phi[T.min(m, M - 1), T.min(c // bc * C + at, K - 1)], 0.0)
+                for m, c in T.Parallel(rows, kb):
+                    phi_s[m, c] = high(phi_f[m, c], mma)
+                    phi_s[N + m, c] = low(phi_f[m, c], mma)
+                for m, c in T.Parallel(rows, kb):
+                    at = c0 + step + c % bc
+                    phi_f[m, c] = T.if_then_else(m < M and at < C, phi[T.min(m, M - 1), T.min(c // bc * C + at, K - 1)], 0.0)
                 for j in T.unroll(n):
                     for t, c in T.Parallel(bt, bc):
                         x_f[j, t, c] = x_s[k % stages, t, j * bc + c]
@@ -135,12 +108,8 @@ def build(p, cfg):
                     # what the next sublayer reads is the rounded y: project that
                     for t, c in T.Parallel(bt, bc):
                         stored[t, c] = y_f[t, c]
-                    if overlap:
-                        for t, c in T.Parallel(bt, bc):
-                            y_s[k % 2, t, i * bc + c] = stored[t, c]
-                    else:
-                        for t, c in T.Parallel(bt, bc):
-                            y_s[t, i * bc + c] = high(T.cast(stored[t, c], ACC), mma)
+                    for t, c in T.Parallel(bt, bc):
+                        y_s[t, i * bc + c] = high(T.cast(stored[t, c], ACC), mma)
                     if nx == 2:
                         for t, c in T.Parallel(bt, bc):
                             y_lo[t, i * bc + c] = low(T.cast(stored[t, c], ACC), mma)
@@ -150,36 +119,17 @@ def build(p, cfg):
                     for t, c in T.Parallel(bt, bc):
                         square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
                 # tensor cores truncate as they accumulate: only one block's sum may grow there
-                if overlap:
-                    T.wait_wgmma(0)
-                    if k > 0:
-                        for t, m in T.Parallel(bt, 2 * N):
-                            z_TN[t, m] += block_TN[t, m]
-                else:
-                    T.clear(block_TN)
-                    T.gemm(y_s, phi_s, block_TN, transpose_B=True)
-                    if nx == 2:
-                        T.gemm(y_lo, phi_s, block_TN, transpose_B=True)
-                    for t, m in T.Parallel(bt, 2 * N):
-                        z_TN[t, m] += block_TN[t, m]
-            T.reduce_sum(square, mean, dim=1)
-            if overlap:
-                T.fence_proxy_async()
-                T.sync_threads()
-                T.gemm(y_s[(per + 1) % 2, :, :], phi_s[(per + 1) % 2, :, :], block_TN, **product)
-                T.wait_wgmma(0)
-                T.sync_threads()
+                T.clear(block_TN)
+                T.gemm(y_s, phi_s, block_TN, transpose_B=True)
+                if nx == 2:
+                    T.gemm(y_lo, phi_s, block_TN, transpose_B=True)
                 for t, m in T.Parallel(bt, 2 * N):
-                    z_s[m, t] = z_TN[t, m] + block_TN[t, m]
-                T.sync_threads()
-                for m, t in T.Parallel(N, bt):
-                    if t0 + t < T_ and m < M:
-                        parts[s, m, t0 + t] = z_s[m, t] + z_s[N + m, t]
-            else:
-                T.copy(z_TN, z_s)
-                for m, t in T.Parallel(N, bt):
-                    if t0 + t < T_ and m < M:
-                        parts[s, m, t0 + t] = z_s[t, m] + z_s[t, N + m]
+                    z_TN[t, m] += block_TN[t, m]
+            T.reduce_sum(square, mean, dim=1)
+            T.copy(z_TN, z_s)
+            for m, t in T.Parallel(N, bt):
+                if t0 + t < T_ and m < M:
+                    parts[s, m, t0 + t] = z_s[t, m] + z_s[t, N + m]
             for t in T.Parallel(bt):
                 if t0 + t < T_:
                     parts[s, M, t0 + t] = mean[t] / K
@@ -187,16 +137,16 @@ def build(p, cfg):
     return post_res_project
 
 
-def half(p, cfg):
+def half(p):
     """Rows of each half of phi, high and low: few columns take a multiple that two warpgroups can share in one instruction each."""
-    return padded(p.M, 32 if p.n <= 4 else 16 if cfg["overlap"] else 8)
+    return padded(p.M, 32 if p.n <= 4 else 8)
 
 
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound; z takes the room of what is no longer needed."""
-    bt, bc, part, N, kb = cfg["block_T"], cfg["block_C"], (2 if mma_dtype(p) == "bfloat16" else 4), half(p, cfg), p.n * cfg["block_C"]
+    bt, bc, part, N, kb = cfg["block_T"], cfg["block_C"], (2 if mma_dtype(p) == "bfloat16" else 4), half(p), p.n * cfg["block_C"]
     staged = cfg["stages"] * bt * (kb + bc) * p.itemsize
-    return staged + bt * (p.n + p.n * p.n) * 4 + (1 + cfg["overlap"]) * part * kb * (x_parts(p) * bt + 2 * N)
+    return staged + bt * (p.n + p.n * p.n) * 4 + part * kb * (x_parts(p) * bt + 2 * N)
 
 
 def invalid(p, cfg):
@@ -206,13 +156,9 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_C={bc}: wanted block_T and n*block_C in multiples of 16, block_C of 8"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
-    if cfg["overlap"] and (p.dtype != "bfloat16" or cfg["stages"] == 1):
-        return f"overlap={cfg['overlap']}, stages={cfg['stages']}: wanted bfloat16 streams and at least 2 stages"
-    if cfg["overlap"] and (bt % 64 or threads % 128):
-        return f"overlap={cfg['overlap']}, block_T={bt}, threads={threads}: wanted multiples of 64 tokens and of 128 threads"
     if cfg["splits"] > ceildiv(p.C, bc):
         return f"splits={cfg['splits']}: wanted at most C/block_C={ceildiv(p.C, bc)}"
-    live = (bt * bc * (p.n // 2 + 4) + padded(p.M, 8) * p.n * bc + 4 * bt * half(p, cfg)) // threads
+    live = (bt * bc * (p.n // 2 + 4) + padded(p.M, 8) * p.n * bc + 4 * bt * half(p)) // threads
     if live > 250:
         return f"block_T={bt}, block_C={bc}: {live} live registers a thread would spill"
     need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
@@ -231,7 +177,7 @@ def default(p):
         "splits": min(2, ceildiv(p.C, block_C)),
         "threads": 128,
         "stages": 1,
-        "overlap": 0,
+        "order": "channels",
     }
 
 
@@ -252,22 +198,25 @@ post_res_project = Kernel(
         "splits": (1, 2, 4, 8, 16),
         "threads": (128, 256),
         "stages": (1, 2, 3),
-        "overlap": (0, 1),
+        "order": ORDERS,
     },
     default=default,
     invalid=invalid,
-    seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 0},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 3, "overlap": 0},
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 32, "block_C": 128, "splits": 2, "threads": 256, "stages": 2, "overlap": 0},
-        {"block_T": 64, "block_C": 64, "splits": 16, "threads": 256, "stages": 2, "overlap": 0},
-        {"block_T": 64, "block_C": 128, "splits": 2, "threads": 256, "stages": 3, "overlap": 0},
+    seeds=tuple(
+        dict(zip(("block_T", "block_C", "splits", "threads", "stages", "order"), seed, strict=True))
+        for seed in (
+            (64, 64, 2, 256, 2, "channels"),
+            (64, 64, 1, 256, 3, "channels"),
+            (64, 64, 2, 256, 2, "rows"),
+            (64, 64, 4, 256, 2, "rows"),
+            (64, 64, 8, 256, 2, "rows"),
+            (64, 64, 4, 256, 2, "tokens"),
+            (64, 64, 16, 256, 2, "channels"),
+            (64, 128, 2, 256, 3, "channels"),
+        )
     ),
     reference=reference.post_res_project,
     # y may round either way where the exact value lies between two: parts answer to the y that was stored
     from_results={"parts": lambda p, inputs, results: reference.project_parts(results["y"], inputs[-1])},
-    # every barrier that it needs is written out, see project_parts; the first product has its operands from the pass before
-    pass_configs=lambda config: {"tl.disable_thread_storage_sync": True, "tl.disable_buffer_init_check": True} if config["overlap"] else {},
-    gpu_only=("threads", "stages", "overlap"),
+    gpu_only=("threads", "stages", "order"),
 )

@@ -4,13 +4,9 @@ The three uses of x (``post_res``, ``pre``, ``project``) meet here, so autograd 
 the channels, whose phi and dphi stay on chip, and walks over its split of the tokens; the next tile is on its way while the present one is
 worked on. dphi is summed per split (``sum_parts`` adds the splits), so it is bitwise repeatable.
 
-Where the four terms of dx meet is the knob ``sums``:
-
-- ``"divide"``: in rows of 16 bytes a thread, to which dz phi goes through shared memory, one stream at a time.
-- ``"rows"``: the same with c/K by multiplication: a true division is a branch, and the compiler keeps no converted value across it.
-- ``"in_place"``: in the layout the product leaves dz phi in, all streams at once; dx takes the place of dy, which nobody reads any more,
-  and leaves from there in rows. Each value is converted once, and 5 barriers a tile replace 11. With ``barriers="hand"`` 3: TileLang's
-  own two more are where it cannot see that a copy goes to the other stage, and that dx is written by the thread that read dy there.
+The four terms of dx meet in the layout the product leaves dz phi in, all streams at once; dx takes the place of dy, which nobody reads any
+more, and leaves from there in rows. Each value is converted once. (Summed in rows of 16 bytes, a stream at a time: 10% slower at n = 4,
+half as fast at n = 8, results/notes.md.)
 """
 
 import tilelang.language as T
@@ -18,6 +14,9 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
+
+#: Channels more in a staged row that is read in the layout of a product: rows of eight tokens in different banks.
+PAD = 8
 
 
 def build(p, cfg):
@@ -28,8 +27,9 @@ def build(p, cfg):
     kp = dphi_rows(p, cfg)
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
-    overlap, in_place, pad = cfg["overlap"] == 1, cfg["sums"] == "in_place", padding(cfg)
-    width = bc // slices(cfg)
+    overlap = cfg["overlap"] == 1
+    width, wide = bc // slices(cfg), slice_columns(p, cfg)
+    kg = slices(cfg) * wide
     streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
     product = T.wgmma_gemm if overlap else T.gemm
     rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
@@ -37,11 +37,7 @@ def build(p, cfg):
 
     def column(j, c):
         """Where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of its own."""
-        return (c // width * n + j) * width + c % width
-
-    def mean(c):
-        """c/K."""
-        return c / K if cfg["sums"] == "divide" else c * (1.0 / K)
+        return c // width * wide + j * width + c % width
 
     @T.prim_func
     def streams_grad(
@@ -58,27 +54,21 @@ def build(p, cfg):
         with T.Kernel(T.ceildiv(C, bc), splits, threads=cfg["threads"]) as (block, s):
             c0 = block * bc
             x_s = T.alloc_shared((stages, bt, kp), dtype)
-            dy_s = T.alloc_shared((stages, bt, kb + pad), dtype)
-            du_s = T.alloc_shared((stages, bt, bc + pad), dtype)
+            dy_s = T.alloc_shared((stages, bt, kb + PAD), dtype)
+            du_s = T.alloc_shared((stages, bt, bc + PAD), dtype)
             dz_s = T.alloc_shared((stages, M + 1, bt), ACC)
             res_s = T.alloc_shared((stages, bt, n, n), ACC)
             pre_s = T.alloc_shared((stages, bt, n), ACC)
             dz_hi = T.alloc_shared((N, bt), mma)
             dz_lo = T.alloc_shared((N, bt), mma)
-            if in_place:
-                phi_hi = T.alloc_shared((N, kb), mma)
-                phi_lo = T.alloc_shared((N, kb), mma)
-                g_TK = T.alloc_fragment((bt, kb), ACC)
-            else:
-                phi_hi = T.alloc_shared((n, N, bc), mma)
-                phi_lo = T.alloc_shared((n, N, bc), mma)
-                g_s = T.alloc_shared((bt, bc + 4), ACC)  # rows of two tokens in different banks
-                g_TC = T.alloc_fragment((bt, bc), ACC)
+            # what columns past a slice's streams hold comes out in columns that nobody reads
+            phi_hi = T.alloc_shared((N, kg), mma)
+            phi_lo = T.alloc_shared((N, kg), mma)
+            g_TK = T.alloc_fragment((bt, kg), ACC)
             dphi_KN = T.alloc_fragment((kp, N), ACC)
             dy_f = T.alloc_fragment((n, bt, bc), dtype)
             du_f = T.alloc_fragment((bt, bc), dtype)
             x_f = T.alloc_fragment((bt, bc), dtype)
-            dx_f = T.alloc_fragment((bt, bc), ACC)
             tiles = T.ceildiv(T.ceildiv(T_, bt), splits)
             if stages == 2:
                 for j in T.unroll(n):
@@ -91,12 +81,8 @@ def build(p, cfg):
             for j in T.unroll(n):
                 for m, c in T.Parallel(N, bc):
                     value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                    if in_place:
-                        phi_hi[m, column(j, c)] = high(value, mma)
-                        phi_lo[m, column(j, c)] = low(value, mma)
-                    else:
-                        phi_hi[j, m, c] = high(value, mma)
-                        phi_lo[j, m, c] = low(value, mma)
+                    phi_hi[m, column(j, c)] = high(value, mma)
+                    phi_lo[m, column(j, c)] = low(value, mma)
             T.clear(dphi_KN)
             T.clear(dz_hi)
             T.clear(dz_lo)
@@ -126,11 +112,10 @@ def build(p, cfg):
                 for m, t in T.Parallel(M, bt):
                     dz_hi[m, t] = high(dz_s[st, m, t], mma)
                     dz_lo[m, t] = low(dz_s[st, m, t], mma)
-                if in_place:
-                    T.sync_threads()
-                    product(dz_hi, phi_hi, g_TK, transpose_A=True, clear_accum=True, policy=rows)
-                    product(dz_hi, phi_lo, g_TK, transpose_A=True, policy=rows)
-                    product(dz_lo, phi_hi, g_TK, transpose_A=True, policy=rows)
+                T.sync_threads()
+                product(dz_hi, phi_hi, g_TK, transpose_A=True, clear_accum=True, policy=rows)
+                product(dz_hi, phi_lo, g_TK, transpose_A=True, policy=rows)
+                product(dz_lo, phi_hi, g_TK, transpose_A=True, policy=rows)
                 # dphi^T = x^T dz
                 if direct and nx == 1:
                     product(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
@@ -146,68 +131,38 @@ def build(p, cfg):
                         for t, c in T.Parallel(bt, kp):
                             x_lo[t, c] = low(T.cast(x_s[st, t, c], ACC), mma)
                         T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
-                if overlap and not in_place:
-                    product(dz_hi, phi_hi[0, :, :], g_TC, transpose_A=True, clear_accum=True)
-                    product(dz_hi, phi_lo[0, :, :], g_TC, transpose_A=True)
-                    product(dz_lo, phi_hi[0, :, :], g_TC, transpose_A=True)
                 for i in T.unroll(n):
                     for t, c in T.Parallel(bt, bc):
                         dy_f[i, t, c] = dy_s[st, t, i * bc + c]
                 for t, c in T.Parallel(bt, bc):
                     du_f[t, c] = du_s[st, t, c]
-                if in_place:
-                    if overlap:
-                        T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
+                if overlap:
+                    T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
+                for j in streams:
+                    for t, c in T.Parallel(bt, bc):
+                        g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
+                for i in T.unroll(n):
                     for j in streams:
                         for t, c in T.Parallel(bt, bc):
-                            g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
-                    for i in T.unroll(n):
-                        for j in streams:
-                            for t, c in T.Parallel(bt, bc):
-                                g_TK[t, column(j, c)] += res_s[st, t, i, j] * dy_f[i, t, c]
-                    for j in streams:
-                        for t, c in T.Parallel(bt, bc):
-                            x_f[t, c] = x_s[st, t, j * bc + c]
-                        for t, c in T.Parallel(bt, bc):
-                            g_TK[t, column(j, c)] += mean(dz_s[st, M, t]) * x_f[t, c]
-                    for j in streams:
-                        for t, c in T.Parallel(bt, bc):
-                            dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
-                    if overlap:
-                        T.wait_wgmma(0)
-                    T.sync_threads()
-                    if C % bc == 0 and t0 + bt <= T_:  # stores without tests, so that the loads before them go out at once
-                        for t, k in T.Parallel(bt, kb):
-                            dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
-                    else:
-                        for t, k in T.Parallel(bt, kb):
-                            if t0 + t < T_ and c0 + k % bc < C:
-                                dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
+                            g_TK[t, column(j, c)] += res_s[st, t, i, j] * dy_f[i, t, c]
+                for j in streams:
+                    for t, c in T.Parallel(bt, bc):
+                        x_f[t, c] = x_s[st, t, j * bc + c]
+                    for t, c in T.Parallel(bt, bc):
+                        g_TK[t, column(j, c)] += dz_s[st, M, t] * (1.0 / K) * x_f[t, c]
+                for j in streams:
+                    for t, c in T.Parallel(bt, bc):
+                        dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
+                if overlap:
+                    T.wait_wgmma(0)
+                T.sync_threads()
+                if C % bc == 0 and t0 + bt <= T_:  # stores without tests, so that the loads before them go out at once
+                    for t, k in T.Parallel(bt, kb):
+                        dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
                 else:
-                    for j in T.unroll(n):
-                        # dz phi, through shared memory into the layout of rows; the next stream's while this one's are added up
-                        if overlap:
-                            T.wait_wgmma(0)
-                        else:
-                            T.clear(g_TC)
-                            T.gemm(dz_hi, phi_hi[j, :, :], g_TC, transpose_A=True)
-                            T.gemm(dz_hi, phi_lo[j, :, :], g_TC, transpose_A=True)
-                            T.gemm(dz_lo, phi_hi[j, :, :], g_TC, transpose_A=True)
-                        T.copy(g_TC, g_s[:, 0:bc])
-                        if overlap and j + 1 < n:
-                            product(dz_hi, phi_hi[j + 1, :, :], g_TC, transpose_A=True, clear_accum=True)
-                            product(dz_hi, phi_lo[j + 1, :, :], g_TC, transpose_A=True)
-                            product(dz_lo, phi_hi[j + 1, :, :], g_TC, transpose_A=True)
-                        for t, c in T.Parallel(bt, bc):
-                            x_f[t, c] = x_s[st, t, j * bc + c]
-                        for t, c in T.Parallel(bt, bc):
-                            dx_f[t, c] = g_s[t, c] + pre_s[st, t, j] * du_f[t, c] + mean(dz_s[st, M, t]) * x_f[t, c]
-                        for i in T.unroll(n):
-                            for t, c in T.Parallel(bt, bc):
-                                dx_f[t, c] += res_s[st, t, i, j] * dy_f[i, t, c]
-                        for t, c in T.Parallel(bt, bc):
-                            if t0 + t < T_ and c0 + c < C:
-                                dx[t0 + t, j, c0 + c] = dx_f[t, c]
+                    for t, k in T.Parallel(bt, kb):
+                        if t0 + t < T_ and c0 + k % bc < C:
+                            dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
             for k, m in T.Parallel(kp, N):
                 if m < M and k < kb and c0 + k % bc < C:
                     dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
@@ -221,23 +176,22 @@ def dphi_rows(p, cfg):
 
 
 def slices(cfg):
-    """Slices of a block's channels where dx is summed in place: the warps share the tokens, 16 each, those left over the channels."""
+    """Slices of a block's channels: the warps share the tokens, 16 each, those left over the channels."""
     return max(1, cfg["threads"] // 2 // cfg["block_T"])
 
 
-def padding(cfg):
-    """Channels more in a staged row that is read in the layout of a product: rows of eight tokens in different banks."""
-    return 8 if cfg["sums"] == "in_place" else 0
+def slice_columns(p, cfg):
+    """Columns of dz phi in a slice, all streams, padded to what tensor cores multiply at a time."""
+    return padded(p.n * cfg["block_C"] // slices(cfg), 16)
 
 
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
-    n, bt, bc, stages, kp, pad = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg), padding(cfg)
+    n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
     part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 16)
-    staged = stages * (bt * (bc * (n + 1) + 2 * pad + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
+    staged = stages * (bt * (bc * (n + 1) + 2 * PAD + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
     split = 0 if part == 2 else x_parts(p) * bt * kp * 4
-    exchange = 0 if cfg["sums"] == "in_place" else bt * (bc + 4) * 4
-    return staged + split + 2 * N * part * (bt + n * bc) + exchange
+    return staged + split + 2 * N * part * (bt + slices(cfg) * slice_columns(p, cfg))
 
 
 def invalid(p, cfg):
@@ -249,17 +203,14 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_C={bc}, threads={threads}: a warp multiplies at least 16 tokens by 8 channels"
     if cfg["overlap"] and (mma_dtype(p) != "bfloat16" or bt % 64 or threads % 128):
         return f"overlap={cfg['overlap']}: wanted bf16 streams, block_T a multiple of 64 and threads of 128"
-    if cfg["barriers"] == "hand" and not (cfg["sums"] == "in_place" and cfg["overlap"] and cfg["stages"] == 2):
-        return f"barriers={cfg['barriers']}: wanted sums in place, products that overlap and two stages"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
     kp = dphi_rows(p, cfg)
     if kp > 2 * p.n * bc:
         return f"block_C={bc}, threads={threads}: {threads // 32} warps need at least {threads // 4} columns of x"
-    in_place = cfg["sums"] == "in_place"
-    if in_place and (bc % (8 * slices(cfg)) or p.n * bc % (16 * slices(cfg))):
-        return f"block_C={bc}, threads={threads}: {slices(cfg)} slices of dz phi, wanted multiples of 8 channels and 16 columns in each"
-    live = (kp * padded(p.M, 16) + bt * bc * (p.n // 2 + (p.n + 1 if in_place else 3))) // threads
+    if bc % (8 * slices(cfg)):
+        return f"block_C={bc}, threads={threads}: {slices(cfg)} slices of dz phi, wanted a multiple of 8 channels in each"
+    live = (kp * padded(p.M, 16) + bt * (bc * (p.n // 2 + 1) + slices(cfg) * slice_columns(p, cfg))) // threads
     if live > 250:
         return f"block_T={bt}, block_C={bc}: {live} live registers a thread would spill"
     need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
@@ -269,7 +220,7 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    rest = {"stages": 1, "overlap": 0, "sums": "divide", "barriers": "auto"}
+    rest = {"stages": 1, "overlap": 0}
     cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, **rest} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
@@ -297,22 +248,16 @@ streams_grad = Kernel(
         "threads": (128, 256, 512),
         "stages": (1, 2),
         "overlap": (0, 1),
-        "sums": ("divide", "rows", "in_place"),
-        "barriers": ("auto", "hand"),
     },
     default=default,
     invalid=invalid,
     seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "hand"},
-        {"block_T": 64, "block_C": 64, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows", "barriers": "auto"},
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "sums": "rows", "barriers": "auto"},
-        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "sums": "in_place", "barriers": "auto"},
-        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "sums": "in_place", "barriers": "auto"},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
+        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0},
     ),
     reference=reference.streams_grad,
-    pass_configs=lambda cfg: {"tl.disable_thread_storage_sync": True} if cfg["barriers"] == "hand" else {},
-    gpu_only=("threads", "stages", "overlap", "barriers"),
+    gpu_only=("threads", "stages", "overlap"),
 )
