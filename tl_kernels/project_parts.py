@@ -5,14 +5,13 @@ its way (cp.async) while the present one is multiplied; phi hi and lo are the tw
 bfloat16 streams have a choice of the parts: bf16, which take x as it is, or tf32, which are finer and need x widened.
 
 ``overlap`` squares x and splits the next tile of phi while the tensor cores work, with one barrier a tile. phi goes through registers and
-both its parts add up in one accumulator: so 256 tokens fit a block at n = 8, which read phi from L2 once. ``order``: tl_kernels/order.py.
+both its parts add up in one accumulator: so 256 tokens fit a block at n = 8, which read phi from L2 once.
 """
 
 import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, padded, x_parts
-from tl_kernels.order import ORDERS, walk
 from tl_kernels.pieces import pieces
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 
@@ -31,7 +30,6 @@ def build(p, cfg):
     columns, summed = (N, bk // vec) if overlap else (2 * N, bk)
     rows, wide = pieces(p, bk, cfg["threads"]) if overlap else (M, 1)
     T_ = T.dynamic("T")
-    grid, begin, step = walk(cfg, bk, per)
 
     @T.macro
     def load(phi, start, phi_f):
@@ -50,10 +48,9 @@ def build(p, cfg):
 
     @T.prim_func
     def project_parts(x: T.Tensor((T_, K), dtype), phi: T.Tensor((M, K), ACC), parts: T.Tensor((splits, M + 1, T_), ACC)):
-        with T.Kernel(*grid(T.ceildiv(T_, bt), splits), threads=cfg["threads"]) as place:
-            t0 = grid(*place)[0] * bt
-            s = grid(*place)[1]
-            first = s * begin
+        with T.Kernel(T.ceildiv(T_, bt), splits, threads=cfg["threads"]) as (block, s):
+            t0 = block * bt
+            first = s * per * bk
             x_s = T.alloc_shared((stages, bt, bk), dtype)
             if overlap:
                 # high and low parts of two tiles; what rows past M hold comes out in columns that nobody reads
@@ -73,15 +70,15 @@ def build(p, cfg):
             if not overlap:
                 T.clear(phi_NK)
             for q in T.unroll(stages - 1):
-                fetch(x[t0 : t0 + bt, first + q * step : first + q * step + bk], x_s[q, :, :])
+                fetch(x[t0 : t0 + bt, first + q * bk : first + q * bk + bk], x_s[q, :, :])
                 if not overlap:
-                    fetch(phi[:, first + q * step : first + q * step + bk], phi_s[q, :, :])
+                    fetch(phi[:, first + q * bk : first + q * bk + bk], phi_s[q, :, :])
             if overlap:
                 load(phi, first, phi_f)
                 split(phi_f, phi_NK, 0)
-                load(phi, first + step, phi_f)
+                load(phi, first + bk, phi_f)
             for k in T.serial(per):
-                ahead = first + (k + stages - 1) * step
+                ahead = first + (k + stages - 1) * bk
                 if stages == 1:
                     fetch(x[t0 : t0 + bt, ahead : ahead + bk], x_s[0, :, :])
                     fetch(phi[:, ahead : ahead + bk], phi_s[0, :, :])
@@ -103,7 +100,7 @@ def build(p, cfg):
                             fetch(phi[:, ahead : ahead + bk], phi_s[(k + stages - 1) % stages, :, :])
                 if overlap:
                     split(phi_f, phi_NK, k + 1)
-                    load(phi, first + (k + 2) * step, phi_f)
+                    load(phi, first + (k + 2) * bk, phi_f)
                     for t, g, e in T.Parallel(bt, summed, vec):
                         x_f[t, g, e] = x_s[k % stages, t, g * vec + e]
                     for e in T.unroll(vec):
@@ -187,16 +184,7 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     bk = 64 if p.itemsize == 2 and p.n <= 4 else 32
-    return {
-        "block_T": 64,
-        "block_K": bk,
-        "splits": min(2, ceildiv(p.K, bk)),
-        "threads": 128,
-        "stages": 1,
-        "mma": kinds(p)[0],
-        "overlap": 0,
-        "order": "channels",
-    }
+    return {"block_T": 64, "block_K": bk, "splits": min(2, ceildiv(p.K, bk)), "threads": 128, "stages": 1, "mma": kinds(p)[0], "overlap": 0}
 
 
 def kinds(p):
@@ -217,26 +205,19 @@ project_parts = Kernel(
         "stages": (1, 2, 3, 4),
         "mma": kinds(p),
         "overlap": (0, 1),
-        "order": ORDERS,
     },
     default=default,
     invalid=invalid,
-    seeds=tuple(
-        dict(zip(("block_T", "block_K", "splits", "threads", "stages", "mma", "overlap", "order"), seed, strict=True))
-        for seed in (
-            (64, 128, 2, 128, 3, "bf16", 1, "channels"),
-            (64, 64, 32, 128, 3, "bf16", 0, "channels"),
-            (128, 128, 2, 256, 3, "bf16", 1, "channels"),
-            (128, 128, 2, 256, 3, "bf16", 1, "rows"),
-            (128, 128, 4, 256, 3, "bf16", 1, "channels"),
-            (128, 128, 4, 256, 3, "bf16", 1, "rows"),
-            (256, 128, 4, 256, 3, "bf16", 1, "rows"),
-            (256, 64, 4, 512, 4, "bf16", 1, "channels"),
-            (256, 64, 4, 512, 4, "bf16", 1, "rows"),
-        )
+    seeds=(
+        {"block_T": 64, "block_K": 128, "splits": 2, "threads": 128, "stages": 3, "mma": "bf16", "overlap": 1},
+        {"block_T": 64, "block_K": 64, "splits": 32, "threads": 128, "stages": 3, "mma": "bf16", "overlap": 0},
+        {"block_T": 128, "block_K": 128, "splits": 2, "threads": 256, "stages": 3, "mma": "bf16", "overlap": 1},
+        {"block_T": 128, "block_K": 128, "splits": 4, "threads": 256, "stages": 3, "mma": "bf16", "overlap": 1},
+        {"block_T": 256, "block_K": 128, "splits": 4, "threads": 256, "stages": 3, "mma": "bf16", "overlap": 1},
+        {"block_T": 256, "block_K": 64, "splits": 4, "threads": 512, "stages": 4, "mma": "bf16", "overlap": 1},
     ),
     reference=lambda *inputs: (reference.project_parts(*inputs),),
     # every barrier that it needs is written out; those TileLang adds are two more a tile, because it cannot tell the two tiles of phi apart
     pass_configs=lambda config: {"tl.disable_thread_storage_sync": True} if config["overlap"] else {},
-    gpu_only=("threads", "stages", "mma", "overlap", "order"),
+    gpu_only=("threads", "stages", "mma", "overlap"),
 )

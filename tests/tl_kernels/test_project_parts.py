@@ -9,7 +9,6 @@ from tests.tl_kernels.test_cuda_compile import nvcc
 from tl_kernels import KERNELS
 from tl_kernels.launch import compile_kernel
 from tl_kernels.mma import padded
-from tl_kernels.order import ORDERS
 from tl_kernels.pieces import pieces
 from tl_kernels.spec import MAX_N
 
@@ -28,25 +27,8 @@ def test_tf32_parts_of_bfloat16_streams(name, device, n, C, dtype):
     check(name, device, n, C, dtype, cfg=cfg)
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
-@problems(((3, 72, "bfloat16"), (2, 77, "float32")), FEW)
-@pytest.mark.parametrize("name", ["project_parts"])
-def test_blocks_in_other_orders(name, device, n, C, dtype, order):
-    """More splits than divide the tiles of K."""
-    cfg = {**KERNELS[name].default(KERNELS[name].problem(n, C, dtype)), "block_K": 32, "splits": 3, "order": order}
-    check(name, device, n, C, dtype, cfg=cfg)
-
-
-#: One and several warpgroups, tiles and splits that K does not fill, few tiles.
-OVERLAPPED = {
-    n: {**dict(zip(("block_T", "block_K", "splits", "threads", "stages", "order"), values, strict=True)), "mma": "bf16", "overlap": 1}
-    for n, values in {
-        1: (64, 32, 1, 128, 2, "tokens"),
-        3: (64, 64, 4, 128, 4, "rows"),
-        4: (128, 128, 2, 256, 3, "channels"),
-        8: (256, 64, 4, 512, 3, "rows"),
-    }.items()
-}
+#: Tokens and channels of a block, splits, threads, stages: one and several warpgroups, tiles and splits that K does not fill, few tiles.
+OVERLAPPED = {1: (64, 32, 1, 128, 2), 3: (64, 64, 4, 128, 4), 4: (128, 128, 2, 256, 3), 8: (256, 64, 4, 512, 3)}
 
 
 @problems(
@@ -55,7 +37,8 @@ OVERLAPPED = {
 )
 @pytest.mark.parametrize("name", ["project_parts"])
 def test_sums_and_phi_under_the_product(name, device, n, C, dtype):
-    check(name, device, n, C, dtype, cfg=OVERLAPPED[n])
+    cfg = dict(zip(("block_T", "block_K", "splits", "threads", "stages"), OVERLAPPED[n], strict=True))
+    check(name, device, n, C, dtype, cfg={**cfg, "mma": "bf16", "overlap": 1})
 
 
 @pytest.mark.parametrize("n", range(1, MAX_N + 1))
@@ -74,6 +57,7 @@ def test_every_thread_loads_as_much_of_phi(n):
 @pytest.mark.parametrize(("n", "cfg"), list(OVERLAPPED.items()))
 def test_one_barrier_a_tile(n, cfg):
     kernel = KERNELS["project_parts"]
+    cfg = {**dict(zip(("block_T", "block_K", "splits", "threads", "stages"), cfg, strict=True)), "mma": "bf16", "overlap": 1}
     source = compile_kernel(kernel, kernel.problem(n, 1280), cfg, "sm_90a").get_kernel_source()
     loop, after = source.split("for (int k = 0;")[1].split("AllReduce")[:2]
     assert loop.count("__syncthreads();") == 1
