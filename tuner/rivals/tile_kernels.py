@@ -1,4 +1,5 @@
-"""DeepSeek TileKernels: TileLang kernels, forward and backward. Needs TileLang 0.1.9 to 0.1.11, so an environment of its own.
+"""DeepSeek TileKernels: TileLang kernels, forward and backward. Needs TileLang 0.1.9 to 0.1.11, so an environment of its own,
+with libz3 in the same folder of packages.
 
 Its function is ours to the last eps: fn [M,K] float32 with the streams outermost, rows pre, post, comb [source,target], columns first.
 Without autograd ``mhc_pre`` takes its fused path; with it, one launch a step. Its backward adds into the gradient of the streams in place,
@@ -15,7 +16,7 @@ from tuner.bench_case import GRADIENTS, Case
 from tuner.bench_rivals import Boundary, Rival
 from tuner.rivals._checks import only_four_bf16_streams
 
-NEEDS = "tile-kernels==1.0.0 tilelang==0.1.11 apache-tvm-ffi==0.1.11"
+NEEDS = "tile-kernels==1.0.0 tilelang==0.1.11 apache-tvm-ffi==0.1.11 z3-solver==4.15.4.0"
 BACKWARD = True
 
 
