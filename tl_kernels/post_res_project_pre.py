@@ -15,6 +15,7 @@ from tl_kernels.whole import (
     default,
     group_of,
     invalid,
+    lag_of,
     part_of,
     pass_configs,
     roles,
@@ -29,7 +30,8 @@ def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
     G, N, kb = group_of(p, cfg), padded(M, 32), n * bc
-    buffers, staged = ahead + 3, ahead + 1
+    lag = lag_of(cfg)
+    buffers, staged = ahead + 1 + lag, ahead + 1
     part = part_of(p, cfg)
     tile, tiles = row_layouts(p, cfg)
     count, counters, fill, product, sums, leave = roles(p, cfg)
@@ -70,9 +72,10 @@ def build(p, cfg):
             total_s = T.alloc_shared((count,), ACC)
             pre_s = T.alloc_shared((bt, n), ACC)
             z_NT = T.alloc_fragment((2 * N, bt), ACC)
-            words = T.alloc_fragment((G, count), "uint32")
-            old = T.alloc_fragment((count,), "uint32")
-            total = T.alloc_fragment((count,), ACC)
+            if lag == 2:
+                words = T.alloc_fragment((G, count), "uint32")
+                old = T.alloc_fragment((count,), "uint32")
+                total = T.alloc_fragment((count,), ACC)
             x_f = T.alloc_fragment((n, part, bc), dtype)
             f_f = T.alloc_fragment((part, bc), dtype)
             y_f = T.alloc_fragment((part, bc), ACC)
@@ -89,7 +92,7 @@ def build(p, cfg):
                     if i < mine:
                         load(i, (i * groups + g) * bt, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
             fill(c0, phi, phi_s)
-            for i in T.serial(mine + 2):
+            for i in T.serial(mine + lag):
                 t0 = (i * groups + g) * bt
                 if ahead > 1 and i + ahead <= mine:
                     T.ptx_wait_group((ahead - 1) * (n + 3))
@@ -128,25 +131,28 @@ def build(p, cfg):
                             for t in T.Parallel(part):
                                 mean_s[i % 2, t1 + t] = mean[t] / K
                         T.fence_proxy_async()
-                    if i >= 2:
+                    if i >= lag:
                         T.sync_threads(PRE, threads + ROLE)
                         for h in T.serial(bt // part):
                             t2 = h * part
                             T.clear(y_f)
                             for q in T.unroll(n):
                                 for t, c in T.Parallel(part, bc):
-                                    stored[t, c] = x_s[(i - 2) % buffers, t2 + t, q * bc + c]
+                                    stored[t, c] = x_s[(i - lag) % buffers, t2 + t, q * bc + c]
                                 for t, c in T.Parallel(part, bc):
                                     y_f[t, c] += pre_s[t2 + t, q] * stored[t, c]
                             for t, c in T.Parallel(part, bc):
-                                if t0 - 2 * step + t2 + t < T_ and c0 + c < C:
-                                    u[t0 - 2 * step + t2 + t, c0 + c] = y_f[t, c]
+                                if t0 - lag * step + t2 + t < T_ and c0 + c < C:
+                                    u[t0 - lag * step + t2 + t, c0 + c] = y_f[t, c]
                 elif tx < threads + ROLE:
                     if i >= 1 and i < mine + 1:
                         product(i, s, g, epoch, scratch, phi_s, x_s, mean_s, z_NT, z_s)
                 else:
                     if i >= 2:
-                        sums(i, s, g, t0 - 2 * step, T_, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts)
+                        if lag == 2:
+                            sums(i, s, g, t0 - 2 * step, T_, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts)
+                        else:
+                            sums(i, mine, s, g, t0 - 2 * step, T_, epoch, scratch, total_s, pre_s, alpha, b, parts)
             T.sync_threads()
             if tx == 0:
                 leave(scratch, g, epoch, mine)
@@ -174,12 +180,16 @@ post_res_project_pre = Kernel(
     least_arch=90,
     scratch=scratch_of,
     seeds=(
-        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1},
-        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 128, "ahead": 1},
-        {"block_T": 32, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1},
-        {"block_T": 16, "block_C": 256, "groups": 4, "threads": 256, "ahead": 1},
-        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 256, "ahead": 2},
-        {"block_T": 16, "block_C": 128, "groups": 1, "threads": 128, "ahead": 1},
+        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1, "levels": 1},
+        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 128, "ahead": 1, "levels": 1},
+        {"block_T": 32, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 1},
+        {"block_T": 16, "block_C": 256, "groups": 4, "threads": 256, "ahead": 1, "levels": 1},
+        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 256, "ahead": 2, "levels": 1},
+        {"block_T": 16, "block_C": 128, "groups": 1, "threads": 128, "ahead": 1, "levels": 1},
+        {"block_T": 16, "block_C": 128, "groups": 2, "threads": 128, "ahead": 1, "levels": 2},
+        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 128, "ahead": 1, "levels": 2},
+        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 2},
+        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 128, "ahead": 1, "levels": 2},
     ),
     reference=reference.post_res_project_pre,
     # y may round either way where the exact value lies between two: parts and u answer to the y that was stored

@@ -14,6 +14,7 @@ from tl_kernels.whole import (
     default,
     group_of,
     invalid,
+    lag_of,
     part_of,
     pass_configs,
     roles,
@@ -28,7 +29,8 @@ def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
     G, N, kb = group_of(p, cfg), padded(M, 32), n * bc
-    buffers = ahead + 3
+    lag = lag_of(cfg)
+    buffers = ahead + 1 + lag
     part = part_of(p, cfg)
     tile, _ = row_layouts(p, cfg)
     count, counters, fill, product, sums, leave = roles(p, cfg)
@@ -59,9 +61,10 @@ def build(p, cfg):
             total_s = T.alloc_shared((count,), ACC)
             pre_s = T.alloc_shared((bt, n), ACC)
             z_NT = T.alloc_fragment((2 * N, bt), ACC)
-            words = T.alloc_fragment((G, count), "uint32")
-            old = T.alloc_fragment((count,), "uint32")
-            total = T.alloc_fragment((count,), ACC)
+            if lag == 2:
+                words = T.alloc_fragment((G, count), "uint32")
+                old = T.alloc_fragment((count,), "uint32")
+                total = T.alloc_fragment((count,), ACC)
             x_f = T.alloc_fragment((part, bc), dtype)
             u_f = T.alloc_fragment((part, bc), ACC)
             square = T.alloc_fragment((part, bc), ACC)
@@ -76,7 +79,7 @@ def build(p, cfg):
                     if i < mine:
                         load(i, (i * groups + g) * bt, c0, x, x_s)
             fill(c0, phi, phi_s)
-            for i in T.serial(mine + 2):
+            for i in T.serial(mine + lag):
                 t0 = (i * groups + g) * bt
                 if ahead > 1 and i + ahead <= mine:
                     T.ptx_wait_group((ahead - 1) * n)
@@ -98,14 +101,14 @@ def build(p, cfg):
                             T.reduce_sum(square, mean, dim=1)
                             for t in T.Parallel(part):
                                 mean_s[i % 2, h * part + t] = mean[t] / K
-                    if i >= 2:
+                    if i >= lag:
                         T.sync_threads(PRE, threads + ROLE)
                         for h in T.serial(bt // part):
-                            t1 = t0 - 2 * step + h * part
+                            t1 = t0 - lag * step + h * part
                             T.clear(u_f)
                             for j in T.unroll(n):
                                 for t, c in T.Parallel(part, bc):
-                                    x_f[t, c] = x_s[(i - 2) % buffers, h * part + t, j * bc + c]
+                                    x_f[t, c] = x_s[(i - lag) % buffers, h * part + t, j * bc + c]
                                 for t, c in T.Parallel(part, bc):
                                     u_f[t, c] += pre_s[h * part + t, j] * x_f[t, c]
                             for t, c in T.Parallel(part, bc):
@@ -116,7 +119,10 @@ def build(p, cfg):
                         product(i, s, g, epoch, scratch, phi_s, x_s, mean_s, z_NT, z_s)
                 else:
                     if i >= 2:
-                        sums(i, s, g, t0 - 2 * step, T_, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts)
+                        if lag == 2:
+                            sums(i, s, g, t0 - 2 * step, T_, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts)
+                        else:
+                            sums(i, mine, s, g, t0 - 2 * step, T_, epoch, scratch, total_s, pre_s, alpha, b, parts)
             T.sync_threads()
             if tx == 0:
                 leave(scratch, g, epoch, mine)
@@ -136,10 +142,14 @@ project_pre = Kernel(
     least_arch=90,
     scratch=scratch_of,
     seeds=(
-        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1},
-        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 256, "ahead": 2},
-        {"block_T": 32, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1},
-        {"block_T": 16, "block_C": 256, "groups": 4, "threads": 256, "ahead": 2},
+        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1, "levels": 1},
+        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 256, "ahead": 2, "levels": 1},
+        {"block_T": 32, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 1},
+        {"block_T": 16, "block_C": 256, "groups": 4, "threads": 256, "ahead": 2, "levels": 1},
+        {"block_T": 16, "block_C": 128, "groups": 2, "threads": 128, "ahead": 1, "levels": 2},
+        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 128, "ahead": 1, "levels": 2},
+        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 2},
+        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 128, "ahead": 1, "levels": 2},
     ),
     reference=reference.project_pre,
     options={"norm_eps": 1e-6, "pre_eps": 1e-6},

@@ -8,6 +8,8 @@ so that no step waits for the one before:
     tile i-1    product:    z of this slice, published
     tile i-2    sums:       z of the group, H_pre;  then the main role's u
 
+With ``levels: 2`` (tl_kernels/relay.py) sums take two tiles: of tile i-2 each block adds up its share; H_pre and u of tile i-3.
+
 Barriers are by hand: those TileLang would put in for shared memory know nothing of the roles and would make them take turns.
 """
 
@@ -16,6 +18,7 @@ import tilelang.language as T
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, meeting, scratch_size
 from tl_kernels.mma import high, low, padded
+from tl_kernels.relay import relay, relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
 #: Named barriers; 0 is T.sync_threads().
@@ -34,7 +37,13 @@ def part_of(p, cfg):
 
 def scratch_of(p, cfg):
     """32-bit words of scratch."""
-    return scratch_size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1)
+    size = relay_size if cfg["levels"] == 2 else scratch_size
+    return size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1)
+
+
+def lag_of(cfg):
+    """Tiles between the main role's work on the streams and its u of the same tile."""
+    return cfg["levels"] + 1
 
 
 def row_layouts(p, cfg):
@@ -52,13 +61,15 @@ def row_layouts(p, cfg):
 
 def roles(p, cfg):
     """How many sums a block adds up, where a group finds its number of tiles so far, and macros: ``fill`` phi's slice, high and low; the
-    roles ``product`` and ``sums`` of iteration i; ``leave``.
+    roles ``product`` and ``sums`` (``relayed`` where there are two levels) of iteration i; ``leave``.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
-    N, buffers = padded(M, 32), cfg["ahead"] + 3
+    N, buffers = padded(M, 32), cfg["ahead"] + 1 + lag_of(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     count, counters, number, publish, add_up, write_out, leave = meeting(group_of(p, cfg), groups, bt, M + 1, n + 1)
+    if cfg["levels"] == 2:
+        count, add_share, read_totals = relay(group_of(p, cfg), groups, bt, M + 1, n + 1)
 
     @T.macro
     def fill(c0, phi, phi_s):
@@ -93,13 +104,26 @@ def roles(p, cfg):
         T.named_barrier_arrive(PRE, threads + ROLE)
         write_out(s, t0, tokens, total, parts)
 
-    return count, counters, fill, product, sums, leave
+    @T.macro
+    def relayed(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
+        if i >= 3:
+            read_totals(scratch, g, number(epoch, i - 3), total_s)
+            T.sync_threads(SUMS, ROLE)
+            for t, q in T.Parallel(bt, n):
+                rinv = T.rsqrt(total_s[n * bt + t] + norm_eps)
+                h = alpha[0] * T.if_then_else(rinv > 0, total_s[q * bt + t] * rinv, 0.0) + b[q]
+                pre_s[t, q] = sigmoid(h) + pre_eps
+            T.named_barrier_arrive(PRE, threads + ROLE)
+        if i < mine + 2:
+            add_share(scratch, g, s, number(epoch, i - 2), t0, tokens, parts)
+
+    return count, counters, fill, product, (sums if cfg["levels"] == 1 else relayed), leave
 
 
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     bt, kb, N, staged = cfg["block_T"], p.n * cfg["block_C"], padded(p.M, 32), cfg["ahead"] + 1
-    streams = ((cfg["ahead"] + 3) * bt * kb + staged * bt * cfg["block_C"] + 2 * N * kb) * p.itemsize
+    streams = ((cfg["ahead"] + 1 + lag_of(cfg)) * bt * kb + staged * bt * cfg["block_C"] + 2 * N * kb) * p.itemsize
     return streams + 4 * (bt * (staged * (p.n + p.n * p.n) + p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE) + 1024
 
 
@@ -113,8 +137,10 @@ def invalid(p, cfg):
         return f"threads={threads}: wanted a multiple of 128 that works on a divisor of block_T={bt} tokens at a time, not {part}"
     if cfg["groups"] > 1 and G * cfg["groups"] > 256:
         return f"groups={cfg['groups']}: {G * cfg['groups']} blocks, wanted about as many as there are multiprocessors"
-    live = G * ceildiv((p.n + 1) * bt + ceildiv((p.M - p.n) * bt, G), ROLE)
-    if live > 90:
+    if cfg["levels"] == 2:
+        if share_of(G, bt, p.M + 1) > ROLE:
+            return f"levels=2, block_T={bt}, block_C={bc}: {G} blocks to a group, wanted so many that each adds up at most {ROLE} values"
+    elif (live := G * ceildiv((p.n + 1) * bt + ceildiv((p.M - p.n) * bt, G), ROLE)) > 90:
         return f"block_T={bt}, block_C={bc}: {live} words a thread would spill"
     need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
     return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
@@ -131,7 +157,10 @@ def default(p):
     """For about 132 multiprocessors; narrow slices where C is small, so that there are blocks enough."""
     bc = 64 if p.C <= 1024 else 128 if p.C <= 90 * 128 else 256
     groups = max(1, 132 // ceildiv(p.C, bc))
-    cfgs = [{"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": 1} for bt, threads in ((32, 256), (16, 128))]
+    cfgs = [
+        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": 1, "levels": 1}
+        for bt, threads in ((32, 256), (16, 128))
+    ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
 
 
@@ -142,6 +171,7 @@ def space(p):
         "groups": (1, 2, 4, 6, 8, 13, 16),
         "threads": (128, 256),
         "ahead": (1, 2),
+        "levels": (1, 2),
     }
 
 

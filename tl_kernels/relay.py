@@ -1,0 +1,117 @@
+"""A meeting in two steps (tl_kernels/meeting.py): each block adds up a share of the values of its whole group and publishes the totals, of
+which the others read those they need. Many blocks to a group then read G + G words instead of G times G.
+
+Partial sums stand where ``meeting`` has them, totals behind its counters. They pass through ``RING`` places too: a block that publishes
+the total of tile k has read those of tile k - 2, which its peers published when they had read those of k - 4 or later.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import tilelang.language as T
+
+from tl_kernels.meeting import RING, ROLE, scratch_size
+from tl_kernels.mma import ACC
+from tl_kernels.spec import ceildiv
+
+
+def relay_size(G: int, groups: int, bt: int, values: int) -> int:
+    """32-bit words of scratch: those of a meeting, then the totals."""
+    return scratch_size(G, groups, bt, values) + groups * RING * values * bt
+
+
+def share_of(G: int, bt: int, values: int) -> int:
+    """Values a block adds up, one to a thread at most."""
+    return ceildiv(values * bt, G)
+
+
+def relay(G: int, groups: int, bt: int, values: int, every: int) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
+    """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; and macros ``add_share`` and
+    ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
+    """
+    width, share = values * bt, share_of(G, bt, values)
+    few = every * bt
+    read = ceildiv(few, ROLE) * ROLE
+    lanes = 1  # threads that share a value, each a run of blocks
+    while 2 * lanes * share <= ROLE and lanes < G:
+        lanes *= 2
+    columns, run = ROLE // lanes, ceildiv(G, lanes)
+    totals = scratch_size(G, groups, bt, values)
+
+    def tag(use: Any) -> Any:
+        return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
+
+    def place(g: Any, use: Any) -> Any:
+        return g * RING + T.cast(use % RING, "int32")
+
+    def partial(g: Any, use: Any, r: Any, s: Any, v: Any) -> Any:
+        return (place(g, use) * G + r) * width + s * share + v
+
+    def there(s: Any, v: Any) -> Any:
+        """Whether block s has a v-th value: the last shares may stick out."""
+        return T.And(v < share, s * share + v < width)
+
+    @T.macro
+    def add_share(scratch, g, s, use, t0, tokens, out):
+        words = T.alloc_fragment((run, lanes, columns), "uint32")
+        old = T.alloc_fragment((lanes, columns), "uint32")
+        some = T.alloc_fragment((lanes, columns), ACC)
+        some_s = T.alloc_shared((lanes, columns), ACC)
+        for q in T.unroll(run):
+            for lane, v in T.Parallel(lanes, columns):
+                if T.And(there(s, v), lane * run + q < G):
+                    words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
+        T.clear(old)
+        for q in T.unroll(run):
+            for lane, v in T.Parallel(lanes, columns):
+                if T.And(there(s, v), lane * run + q < G):
+                    old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use)))
+        for lane, v in T.Parallel(lanes, columns):
+            while T.bitwise_and(old[lane, v], T.uint32(1)) != 0:
+                old[lane, v] = T.uint32(0)
+                for q in T.unroll(run):
+                    if lane * run + q < G:
+                        words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
+                        old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use)))
+        T.clear(some)
+        for q in T.unroll(run):
+            for lane, v in T.Parallel(lanes, columns):
+                if T.And(there(s, v), lane * run + q < G):
+                    some[lane, v] += T.reinterpret(T.bitwise_and(words[q, lane, v], T.uint32(0xFFFFFFFE)), ACC)
+        for lane, v in T.Parallel(lanes, columns):
+            some_s[lane, v] = some[lane, v]
+        T.sync_threads(SHARE, ROLE)
+        T.clear(some)
+        for other in T.unroll(lanes):
+            for lane, v in T.Parallel(lanes, columns):
+                some[lane, v] += some_s[other, v]
+        for lane, v in T.Parallel(lanes, columns):
+            if T.And(there(s, v), lane == 0):
+                word = T.bitwise_or(T.bitwise_and(T.reinterpret(some[lane, v], "uint32"), T.uint32(0xFFFFFFFE)), tag(use))
+                T.atomic_store(scratch[totals + place(g, use) * width + s * share + v], word, memory_order="relaxed")
+        for lane, v in T.Parallel(lanes, columns):
+            at = s * share + v
+            if T.And(T.And(there(s, v), lane == 0), t0 + at % bt < tokens):
+                whole = T.bitwise_and(T.reinterpret(some[lane, v], "uint32"), T.uint32(0xFFFFFFFE))  # what the others read
+                out[0, at // bt, t0 + at % bt] = T.reinterpret(whole, ACC)
+
+    @T.macro
+    def read_totals(scratch, g, use, total_s):
+        word = T.alloc_fragment((read,), "uint32")
+        for e in T.Parallel(read):
+            word[e] = tag(use)
+            if e < few:
+                at = totals + place(g, use) * width + e + T.if_then_else(e < few - bt, 0, (values - every) * bt)
+                word[e] = T.atomic_load(scratch[at], memory_order="relaxed")
+        for e in T.Parallel(read):
+            while T.bitwise_and(T.bitwise_xor(word[e], tag(use)), T.uint32(1)) != 0:
+                at = totals + place(g, use) * width + e + T.if_then_else(e < few - bt, 0, (values - every) * bt)
+                word[e] = T.atomic_load(scratch[at], memory_order="relaxed")
+        for e in T.Parallel(read):
+            total_s[e] = T.reinterpret(T.bitwise_and(word[e], T.uint32(0xFFFFFFFE)), ACC)
+
+    return read, add_share, read_totals
+
+
+#: The named barrier of the role that adds up, see tl_kernels/whole.py.
+SHARE = 4
