@@ -1,12 +1,10 @@
 """A meeting in two steps (tl_kernels/meeting.py): each block adds up a share of the values of its whole group and publishes the totals, of
 which the others read those they need. Many blocks to a group then read G + G words instead of G times G.
 
-Partial sums stand where ``meeting`` has them, totals behind its counters. They pass through ``RING`` places too: a block that publishes
-the total of tile k has read those of tile k - 2, which its peers published when they had read those of k - 4 or later.
+Partial sums stand where ``meeting`` has them, totals behind its counters. Both pass through ``RING`` places: a block that publishes the
+total of tile k has read those of tile k - 1, which its peers published when they had read those of k - 2; and one that publishes a partial
+sum of tile k has read the totals of tile k - 3, for which its peers had read every partial sum of that tile.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import tilelang.language as T
 
@@ -15,17 +13,17 @@ from tl_kernels.mma import ACC
 from tl_kernels.spec import ceildiv
 
 
-def relay_size(G: int, groups: int, bt: int, values: int) -> int:
+def relay_size(G, groups, bt, values):
     """32-bit words of scratch: those of a meeting, then the totals."""
     return scratch_size(G, groups, bt, values) + groups * RING * values * bt
 
 
-def share_of(G: int, bt: int, values: int) -> int:
+def share_of(G, bt, values):
     """Values a block adds up, one to a thread at most."""
     return ceildiv(values * bt, G)
 
 
-def relay(G: int, groups: int, bt: int, values: int, every: int) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
+def relay(G, groups, bt, values, every):
     """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; and macros ``add_share`` and
     ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
     """
@@ -38,16 +36,16 @@ def relay(G: int, groups: int, bt: int, values: int, every: int) -> tuple[int, C
     columns, run = ROLE // lanes, ceildiv(G, lanes)
     totals = scratch_size(G, groups, bt, values)
 
-    def tag(use: Any) -> Any:
+    def tag(use):
         return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
 
-    def place(g: Any, use: Any) -> Any:
+    def place(g, use):
         return g * RING + T.cast(use % RING, "int32")
 
-    def partial(g: Any, use: Any, r: Any, s: Any, v: Any) -> Any:
+    def partial(g, use, r, s, v):
         return (place(g, use) * G + r) * width + s * share + v
 
-    def there(s: Any, v: Any) -> Any:
+    def there(s, v):
         """Whether block s has a v-th value: the last shares may stick out."""
         return T.And(v < share, s * share + v < width)
 
