@@ -8,7 +8,7 @@ from tl_kernels.cpu import available
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
 def test_launches_the_programs_of_a_profile(capsys):
-    assert sanitize.main(["pre", "--profile", "cpu", "--device", "cpu", "--tokens", "1,3"]) == 0
+    assert sanitize.main(["post_res_project", "--profile", "cpu", "--device", "cpu", "--tokens", "1,3"]) == 0
     assert "ran 2 launches of 1 programs" in capsys.readouterr().out
 
 
