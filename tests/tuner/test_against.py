@@ -15,6 +15,7 @@ import pytest
 import tuner
 from tests.tuner import planted_latency as planted
 from tests.tuner.conftest import make_entry as entry
+from tests.tuner.packaged import without
 from tests.tuner.test_latency_check import by_kernel
 from tuner import against
 from tuner.against import worktree
@@ -54,6 +55,7 @@ def clone(tmp_path):
     for name in ("tl_kernels", "mhc", "tuner", "configs", "pyproject.toml"):
         copy = shutil.copytree if (TOP / name).is_dir() else shutil.copy
         copy(TOP / name, folder / name)
+    without(("pre", "sinkhorn"), folder / "configs" / "cpu.yaml")
     git(folder, "init", "--quiet")
     (folder / ".gitignore").write_text("__pycache__/\n")
     commit(folder)

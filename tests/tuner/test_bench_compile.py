@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from mhc import use_backend
+from tests.tuner.packaged import without
 from tests.tuner.test_bench import TINY
 from tl_kernels import KERNELS, launch
 from tl_kernels.launch import get_launcher
@@ -89,6 +90,7 @@ def test_nothing_to_compile_starts_no_process(monkeypatch):
 def test_the_bench_goes_on_without_a_kernel_that_hangs_the_compiler(tmp_path, monkeypatch, capsys):
     """The rival is measured, the kernel is a line that says why, and the first shape is written before the second compiles."""
     written: list[int] = []
+    profile = str(without(("pre",), tmp_path / "cpu.yaml"))
 
     def watched(programs, *rest):
         found = tmp_path / "bench.json"
@@ -102,7 +104,7 @@ def test_the_bench_goes_on_without_a_kernel_that_hangs_the_compiler(tmp_path, mo
     monkeypatch.setattr(bench_compile, "COMPILE_S", 2.0)
     monkeypatch.setattr(bench_module, "compile_ahead", watched)
     with use_backend("tilelang"):
-        code = bench(replace(TINY, shapes="8x2x32,4x2x48", rivals="eager", layers="1", kernels=True, out=tmp_path))
+        code = bench(replace(TINY, shapes="8x2x32,4x2x48", rivals="eager", layers="1", kernels=True, out=tmp_path, profile=profile))
     data = json.loads((tmp_path / "bench.json").read_text())
     assert (code, data["complete"], written) == (0, True, [0, 1])
     assert [(f["kernel"], f["C"]) for f in data["compile_failures"]] == [("pre", 32), ("pre", 48)]
