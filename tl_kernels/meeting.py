@@ -26,6 +26,11 @@ def scratch_size(G, groups, bt, values):
     return groups * RING * G * values * bt + 2 * groups
 
 
+def tag(use):
+    """The lowest bit of a word written at a place's present use."""
+    return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
+
+
 def meeting(G, groups, bt, values, every):
     """Macros ``arrive``, ``publish``, ``add_up`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
 
@@ -40,9 +45,6 @@ def meeting(G, groups, bt, values, every):
 
     def number(epoch, tile):
         return epoch + T.cast(tile + 2 * RING, "uint32")
-
-    def tag(use):
-        return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
 
     def row(g, use, r):
         return ((g * RING + T.cast(use % RING, "int32")) * G + r) * width

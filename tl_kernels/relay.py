@@ -8,7 +8,7 @@ sum of tile k has read the totals of tile k - 3, for which its peers had read ev
 
 import tilelang.language as T
 
-from tl_kernels.meeting import RING, ROLE, scratch_size
+from tl_kernels.meeting import RING, ROLE, scratch_size, tag
 from tl_kernels.mma import ACC
 from tl_kernels.spec import ceildiv
 
@@ -35,9 +35,6 @@ def relay(G, groups, bt, values, every):
         lanes *= 2
     columns, run = ROLE // lanes, ceildiv(G, lanes)
     totals = scratch_size(G, groups, bt, values)
-
-    def tag(use):
-        return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
 
     def place(g, use):
         return g * RING + T.cast(use % RING, "int32")

@@ -91,10 +91,8 @@ def roles(p, cfg):
             publish(scratch, g, s, number(epoch, i - 1), M * bt + t, mean_s[(i - 1) % 2, t])
 
     @T.macro
-    def sums(i, s, g, t0, tokens, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts):
-        add_up(scratch, g, s, number(epoch, i - 2), words, old, total)
-        for e in T.Parallel(count):
-            total_s[e] = total[e]
+    def give_pre(total_s, pre_s, alpha, b):
+        """H_pre from the sums in ``total_s``, to the main role."""
         T.sync_threads(SUMS, ROLE)
         for t, q in T.Parallel(bt, n):
             rinv = T.rsqrt(total_s[n * bt + t] + norm_eps)
@@ -102,18 +100,20 @@ def roles(p, cfg):
             h = alpha[0] * T.if_then_else(rinv > 0, total_s[q * bt + t] * rinv, 0.0) + b[q]
             pre_s[t, q] = sigmoid(h) + pre_eps
         T.named_barrier_arrive(PRE, threads + ROLE)
+
+    @T.macro
+    def sums(i, s, g, t0, tokens, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts):
+        add_up(scratch, g, s, number(epoch, i - 2), words, old, total)
+        for e in T.Parallel(count):
+            total_s[e] = total[e]
+        give_pre(total_s, pre_s, alpha, b)
         write_out(s, t0, tokens, total, parts)
 
     @T.macro
     def relayed(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
         if i >= 3:
             read_totals(scratch, g, number(epoch, i - 3), total_s)
-            T.sync_threads(SUMS, ROLE)
-            for t, q in T.Parallel(bt, n):
-                rinv = T.rsqrt(total_s[n * bt + t] + norm_eps)
-                h = alpha[0] * T.if_then_else(rinv > 0, total_s[q * bt + t] * rinv, 0.0) + b[q]
-                pre_s[t, q] = sigmoid(h) + pre_eps
-            T.named_barrier_arrive(PRE, threads + ROLE)
+            give_pre(total_s, pre_s, alpha, b)
         if i < mine + 2:
             add_share(scratch, g, s, number(epoch, i - 2), t0, tokens, parts)
 
