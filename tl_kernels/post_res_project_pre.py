@@ -1,7 +1,7 @@
 """A whole boundary but for the Sinkhorn: ``post_res``, the projection of y as it is stored, H_pre from it, and ``pre`` of the same y.
 
 y stays on chip until its H_pre is known, so it is written once and never read: 10u at n = 4. How, see tl_kernels/whole.py: the main role
-mixes tile i in place, stores y and sums its squares, then makes u of tile i-2.
+mixes tile i in place, stores y and sums its squares, and makes u of an earlier tile.
 """
 
 import tilelang.language as T
@@ -11,7 +11,10 @@ from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC, padded
 from tl_kernels.spec import Kernel, Tensor
 from tl_kernels.whole import (
+    MAIN,
     PRE,
+    SEEDS,
+    buffers_of,
     default,
     group_of,
     invalid,
@@ -29,12 +32,13 @@ from tl_kernels.whole import (
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
+    levels = cfg["levels"]
     G, N, kb = group_of(p, cfg), padded(M, 32), n * bc
     lag = lag_of(cfg)
-    buffers, staged = ahead + 1 + lag, ahead + 1
+    buffers, staged = buffers_of(cfg), ahead + 1
     part = part_of(p, cfg)
     tile, tiles = row_layouts(p, cfg)
-    count, counters, fill, product, sums, leave = roles(p, cfg)
+    count, counters, fill, product, sums, give_u, leave = roles(p, cfg)
     T_ = T.dynamic("T")
 
     @T.macro
@@ -70,9 +74,9 @@ def build(p, cfg):
             z_s = T.alloc_shared((2 * N, bt + 4), ACC)
             mean_s = T.alloc_shared((2, bt), ACC)
             total_s = T.alloc_shared((count,), ACC)
-            pre_s = T.alloc_shared((bt, n), ACC)
+            pre_s = T.alloc_shared((levels, bt, n), ACC)
             z_NT = T.alloc_fragment((2 * N, bt), ACC)
-            if lag == 2:
+            if levels == 1:
                 words = T.alloc_fragment((G, count), "uint32")
                 old = T.alloc_fragment((count,), "uint32")
                 total = T.alloc_fragment((count,), ACC)
@@ -100,7 +104,11 @@ def build(p, cfg):
                     T.ptx_wait_group(0)
                 T.sync_threads()
                 if tx < threads:
+                    if levels == 2 and i >= lag:
+                        give_u(i, (i - 1) % 2, t0 - lag * step, T_, c0, x_s, pre_s, stored, y_f, u)
                     if i + ahead < mine:
+                        if levels == 2:
+                            T.sync_threads(MAIN, threads)
                         load(i + ahead, t0 + ahead * step, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
                     if i < mine:
                         for h in T.serial(bt // part):
@@ -131,25 +139,15 @@ def build(p, cfg):
                             for t in T.Parallel(part):
                                 mean_s[i % 2, t1 + t] = mean[t] / K
                         T.fence_proxy_async()
-                    if i >= lag:
+                    if levels == 1 and i >= lag:
                         T.sync_threads(PRE, threads + ROLE)
-                        for h in T.serial(bt // part):
-                            t2 = h * part
-                            T.clear(y_f)
-                            for q in T.unroll(n):
-                                for t, c in T.Parallel(part, bc):
-                                    stored[t, c] = x_s[(i - lag) % buffers, t2 + t, q * bc + c]
-                                for t, c in T.Parallel(part, bc):
-                                    y_f[t, c] += pre_s[t2 + t, q] * stored[t, c]
-                            for t, c in T.Parallel(part, bc):
-                                if t0 - lag * step + t2 + t < T_ and c0 + c < C:
-                                    u[t0 - lag * step + t2 + t, c0 + c] = y_f[t, c]
+                        give_u(i, 0, t0 - lag * step, T_, c0, x_s, pre_s, stored, y_f, u)
                 elif tx < threads + ROLE:
                     if i >= 1 and i < mine + 1:
                         product(i, s, g, epoch, scratch, phi_s, x_s, mean_s, z_NT, z_s)
                 else:
                     if i >= 2:
-                        if lag == 2:
+                        if levels == 1:
                             sums(i, s, g, t0 - 2 * step, T_, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts)
                         else:
                             sums(i, mine, s, g, t0 - 2 * step, T_, epoch, scratch, total_s, pre_s, alpha, b, parts)
@@ -179,18 +177,7 @@ post_res_project_pre = Kernel(
     unserved=unserved,
     least_arch=90,
     scratch=scratch_of,
-    seeds=(
-        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1, "levels": 1},
-        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 128, "ahead": 1, "levels": 1},
-        {"block_T": 32, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 1},
-        {"block_T": 16, "block_C": 256, "groups": 4, "threads": 256, "ahead": 1, "levels": 1},
-        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 256, "ahead": 2, "levels": 1},
-        {"block_T": 16, "block_C": 128, "groups": 1, "threads": 128, "ahead": 1, "levels": 1},
-        {"block_T": 16, "block_C": 128, "groups": 2, "threads": 128, "ahead": 1, "levels": 2},
-        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 128, "ahead": 1, "levels": 2},
-        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 2},
-        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 128, "ahead": 1, "levels": 2},
-    ),
+    seeds=SEEDS,
     reference=reference.post_res_project_pre,
     # y may round either way where the exact value lies between two: parts and u answer to the y that was stored
     from_results={

@@ -1,6 +1,6 @@
 """Entering a sublayer but for the Sinkhorn: the projection of x, H_pre from it, and ``pre`` of the same x, read once: 5u at n = 4.
 
-How, see tl_kernels/whole.py: the main role sums the squares of tile i, then makes u of tile i-2.
+How, see tl_kernels/whole.py: the main role sums the squares of tile i and makes u of an earlier one.
 """
 
 import tilelang.language as T
@@ -10,7 +10,10 @@ from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC, padded
 from tl_kernels.spec import Kernel, Tensor
 from tl_kernels.whole import (
+    MAIN,
     PRE,
+    SEEDS,
+    buffers_of,
     default,
     group_of,
     invalid,
@@ -28,12 +31,13 @@ from tl_kernels.whole import (
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
+    levels = cfg["levels"]
     G, N, kb = group_of(p, cfg), padded(M, 32), n * bc
     lag = lag_of(cfg)
-    buffers = ahead + 1 + lag
+    buffers = buffers_of(cfg)
     part = part_of(p, cfg)
     tile, _ = row_layouts(p, cfg)
-    count, counters, fill, product, sums, leave = roles(p, cfg)
+    count, counters, fill, product, sums, give_u, leave = roles(p, cfg)
     T_ = T.dynamic("T")
 
     @T.macro
@@ -59,9 +63,9 @@ def build(p, cfg):
             z_s = T.alloc_shared((2 * N, bt + 4), ACC)
             mean_s = T.alloc_shared((2, bt), ACC)
             total_s = T.alloc_shared((count,), ACC)
-            pre_s = T.alloc_shared((bt, n), ACC)
+            pre_s = T.alloc_shared((levels, bt, n), ACC)
             z_NT = T.alloc_fragment((2 * N, bt), ACC)
-            if lag == 2:
+            if levels == 1:
                 words = T.alloc_fragment((G, count), "uint32")
                 old = T.alloc_fragment((count,), "uint32")
                 total = T.alloc_fragment((count,), ACC)
@@ -88,7 +92,11 @@ def build(p, cfg):
                 T.fence_proxy_async()
                 T.sync_threads()
                 if tx < threads:
+                    if levels == 2 and i >= lag:
+                        give_u(i, (i - 1) % 2, t0 - lag * step, T_, c0, x_s, pre_s, x_f, u_f, u)
                     if i + ahead < mine:
+                        if levels == 2:
+                            T.sync_threads(MAIN, threads)
                         load(i + ahead, t0 + ahead * step, c0, x, x_s)
                     if i < mine:
                         for h in T.serial(bt // part):
@@ -101,25 +109,15 @@ def build(p, cfg):
                             T.reduce_sum(square, mean, dim=1)
                             for t in T.Parallel(part):
                                 mean_s[i % 2, h * part + t] = mean[t] / K
-                    if i >= lag:
+                    if levels == 1 and i >= lag:
                         T.sync_threads(PRE, threads + ROLE)
-                        for h in T.serial(bt // part):
-                            t1 = t0 - lag * step + h * part
-                            T.clear(u_f)
-                            for j in T.unroll(n):
-                                for t, c in T.Parallel(part, bc):
-                                    x_f[t, c] = x_s[(i - lag) % buffers, h * part + t, j * bc + c]
-                                for t, c in T.Parallel(part, bc):
-                                    u_f[t, c] += pre_s[h * part + t, j] * x_f[t, c]
-                            for t, c in T.Parallel(part, bc):
-                                if t1 + t < T_ and c0 + c < C:
-                                    u[t1 + t, c0 + c] = u_f[t, c]
+                        give_u(i, 0, t0 - lag * step, T_, c0, x_s, pre_s, x_f, u_f, u)
                 elif tx < threads + ROLE:
                     if i >= 1 and i < mine + 1:
                         product(i, s, g, epoch, scratch, phi_s, x_s, mean_s, z_NT, z_s)
                 else:
                     if i >= 2:
-                        if lag == 2:
+                        if levels == 1:
                             sums(i, s, g, t0 - 2 * step, T_, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts)
                         else:
                             sums(i, mine, s, g, t0 - 2 * step, T_, epoch, scratch, total_s, pre_s, alpha, b, parts)
@@ -141,16 +139,7 @@ project_pre = Kernel(
     unserved=unserved,
     least_arch=90,
     scratch=scratch_of,
-    seeds=(
-        {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1, "levels": 1},
-        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 256, "ahead": 2, "levels": 1},
-        {"block_T": 32, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 1},
-        {"block_T": 16, "block_C": 256, "groups": 4, "threads": 256, "ahead": 2, "levels": 1},
-        {"block_T": 16, "block_C": 128, "groups": 2, "threads": 128, "ahead": 1, "levels": 2},
-        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 128, "ahead": 1, "levels": 2},
-        {"block_T": 16, "block_C": 128, "groups": 4, "threads": 256, "ahead": 1, "levels": 2},
-        {"block_T": 16, "block_C": 128, "groups": 6, "threads": 128, "ahead": 1, "levels": 2},
-    ),
+    seeds=SEEDS,
     reference=reference.project_pre,
     options={"norm_eps": 1e-6, "pre_eps": 1e-6},
     pass_configs=pass_configs,

@@ -24,7 +24,8 @@ def share_of(G, bt, values):
 
 
 def relay(G, groups, bt, values, every):
-    """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; and macros ``add_share`` and
+    """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; the shape of the words that a
+    block adds up; and macros: ``ask`` for these words, ``add_share`` of them, asking again for those that were not there, and
     ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
     """
     width, share = values * bt, share_of(G, bt, values)
@@ -47,15 +48,17 @@ def relay(G, groups, bt, values, every):
         return T.And(v < share, s * share + v < width)
 
     @T.macro
-    def add_share(scratch, g, s, use, t0, tokens, out):
-        words = T.alloc_fragment((run, lanes, columns), "uint32")
-        old = T.alloc_fragment((lanes, columns), "uint32")
-        some = T.alloc_fragment((lanes, columns), ACC)
-        some_s = T.alloc_shared((lanes, columns), ACC)
+    def ask(scratch, g, s, use, words):
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
                 if T.And(there(s, v), lane * run + q < G):
                     words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
+
+    @T.macro
+    def add_share(scratch, g, s, use, t0, tokens, words, out):
+        old = T.alloc_fragment((lanes, columns), "uint32")
+        some = T.alloc_fragment((lanes, columns), ACC)
+        some_s = T.alloc_shared((lanes, columns), ACC)
         T.clear(old)
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
@@ -105,7 +108,7 @@ def relay(G, groups, bt, values, every):
         for e in T.Parallel(read):
             total_s[e] = T.reinterpret(T.bitwise_and(word[e], T.uint32(0xFFFFFFFE)), ACC)
 
-    return read, add_share, read_totals
+    return read, run, lanes, columns, ask, add_share, read_totals
 
 
 #: The named barrier of the role that adds up, see tl_kernels/whole.py.

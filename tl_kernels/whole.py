@@ -8,7 +8,9 @@ so that no step waits for the one before:
     tile i-1    product:    z of this slice, published
     tile i-2    sums:       z of the group, H_pre;  then the main role's u
 
-With ``levels: 2`` (tl_kernels/relay.py) sums take two tiles: of tile i-2 each block adds up its share; H_pre and u of tile i-3.
+With ``levels: 2`` (tl_kernels/relay.py) sums take two tiles: of tile i-2 each block adds up its share; H_pre of tile i-3. Then sums are
+what an iteration waits for, so the main role does not wait for those of its own: it begins with u of tile i-4, whose room it then gives to
+the tile that is asked for next. With one level that would cost more, since what is asked for later arrives later.
 
 Barriers are by hand: those TileLang would put in for shared memory know nothing of the roles and would make them take turns.
 """
@@ -22,7 +24,7 @@ from tl_kernels.relay import relay, relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
 #: Named barriers; 0 is T.sync_threads().
-PRODUCT, SUMS, PRE = 1, 2, 3
+PRODUCT, SUMS, PRE, MAIN = 1, 2, 3, 5
 
 
 def group_of(p, cfg):
@@ -43,7 +45,12 @@ def scratch_of(p, cfg):
 
 def lag_of(cfg):
     """Tiles between the main role's work on the streams and its u of the same tile."""
-    return cfg["levels"] + 1
+    return 2 if cfg["levels"] == 1 else 4
+
+
+def buffers_of(cfg):
+    """Tiles of the streams on chip."""
+    return cfg["ahead"] + 2 + cfg["levels"]
 
 
 def row_layouts(p, cfg):
@@ -61,15 +68,15 @@ def row_layouts(p, cfg):
 
 def roles(p, cfg):
     """How many sums a block adds up, where a group finds its number of tiles so far, and macros: ``fill`` phi's slice, high and low; the
-    roles ``product`` and ``sums`` (``relayed`` where there are two levels) of iteration i; ``leave``.
+    roles ``product`` and ``sums`` (``relayed`` where there are two levels) of iteration i; ``give_u``; ``leave``.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
-    N, buffers = padded(M, 32), cfg["ahead"] + 1 + lag_of(cfg)
+    N, part, lag, buffers = padded(M, 32), part_of(p, cfg), lag_of(cfg), buffers_of(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     count, counters, number, publish, add_up, write_out, leave = meeting(group_of(p, cfg), groups, bt, M + 1, n + 1)
     if cfg["levels"] == 2:
-        count, add_share, read_totals = relay(group_of(p, cfg), groups, bt, M + 1, n + 1)
+        count, run, lanes, columns, ask, add_share, read_totals = relay(group_of(p, cfg), groups, bt, M + 1, n + 1)
 
     @T.macro
     def fill(c0, phi, phi_s):
@@ -91,40 +98,58 @@ def roles(p, cfg):
             publish(scratch, g, s, number(epoch, i - 1), M * bt + t, mean_s[(i - 1) % 2, t])
 
     @T.macro
-    def give_pre(total_s, pre_s, alpha, b):
-        """H_pre from the sums in ``total_s``, to the main role."""
+    def give_u(i, place, t0, tokens, c0, x_s, pre_s, x_f, u_f, u):
+        """By the main role: u of tile i - lag, which begins at t0."""
+        for h in T.serial(bt // part):
+            t2 = h * part
+            T.clear(u_f)
+            for j in T.unroll(n):
+                for t, c in T.Parallel(part, bc):
+                    x_f[t, c] = x_s[(i - lag) % buffers, t2 + t, j * bc + c]
+                for t, c in T.Parallel(part, bc):
+                    u_f[t, c] += pre_s[place, t2 + t, j] * x_f[t, c]
+            for t, c in T.Parallel(part, bc):
+                if t0 + t2 + t < tokens and c0 + c < C:
+                    u[t0 + t2 + t, c0 + c] = u_f[t, c]
+
+    @T.macro
+    def put_pre(place, total_s, pre_s, alpha, b):
+        """H_pre from the sums in ``total_s``."""
         T.sync_threads(SUMS, ROLE)
         for t, q in T.Parallel(bt, n):
             rinv = T.rsqrt(total_s[n * bt + t] + norm_eps)
             # a row whose norm overflowed has 1/r = 0 and counts as zero
             h = alpha[0] * T.if_then_else(rinv > 0, total_s[q * bt + t] * rinv, 0.0) + b[q]
-            pre_s[t, q] = sigmoid(h) + pre_eps
-        T.named_barrier_arrive(PRE, threads + ROLE)
+            pre_s[place, t, q] = sigmoid(h) + pre_eps
 
     @T.macro
     def sums(i, s, g, t0, tokens, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts):
         add_up(scratch, g, s, number(epoch, i - 2), words, old, total)
         for e in T.Parallel(count):
             total_s[e] = total[e]
-        give_pre(total_s, pre_s, alpha, b)
+        put_pre(0, total_s, pre_s, alpha, b)
+        T.named_barrier_arrive(PRE, threads + ROLE)
         write_out(s, t0, tokens, total, parts)
 
     @T.macro
     def relayed(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
-        if i >= 3:
-            read_totals(scratch, g, number(epoch, i - 3), total_s)
-            give_pre(total_s, pre_s, alpha, b)
+        words = T.alloc_fragment((run, lanes, columns), "uint32")
         if i < mine + 2:
-            add_share(scratch, g, s, number(epoch, i - 2), t0, tokens, parts)
+            ask(scratch, g, s, number(epoch, i - 2), words)
+        if i >= 3 and i < mine + 3:
+            read_totals(scratch, g, number(epoch, i - 3), total_s)
+            put_pre(i % 2, total_s, pre_s, alpha, b)
+        if i < mine + 2:
+            add_share(scratch, g, s, number(epoch, i - 2), t0, tokens, words, parts)
 
-    return count, counters, fill, product, (sums if cfg["levels"] == 1 else relayed), leave
+    return count, counters, fill, product, (sums if cfg["levels"] == 1 else relayed), give_u, leave
 
 
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     bt, kb, N, staged = cfg["block_T"], p.n * cfg["block_C"], padded(p.M, 32), cfg["ahead"] + 1
-    streams = ((cfg["ahead"] + 1 + lag_of(cfg)) * bt * kb + staged * bt * cfg["block_C"] + 2 * N * kb) * p.itemsize
-    return streams + 4 * (bt * (staged * (p.n + p.n * p.n) + p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE) + 1024
+    streams = (buffers_of(cfg) * bt * kb + staged * bt * cfg["block_C"] + 2 * N * kb) * p.itemsize
+    return streams + 4 * (bt * (staged * (p.n + p.n * p.n) + cfg["levels"] * p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE) + 1024
 
 
 def invalid(p, cfg):
@@ -162,6 +187,24 @@ def default(p):
         for bt, threads in ((32, 256), (16, 128))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
+
+
+#: What a search begins with, the best of each shape first (results/h100/tune.json, designs.txt).
+SEEDS = tuple(
+    {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": ahead, "levels": levels}
+    for bt, bc, groups, threads, ahead, levels in (
+        (32, 128, 6, 256, 1, 1),
+        (16, 128, 4, 128, 2, 2),
+        (16, 128, 4, 256, 2, 2),
+        (16, 128, 2, 256, 2, 2),
+        (16, 128, 2, 128, 2, 2),
+        (16, 128, 6, 256, 2, 1),
+        (16, 128, 4, 128, 1, 1),
+        (32, 128, 4, 256, 1, 1),
+        (16, 256, 4, 256, 2, 1),
+        (16, 128, 6, 128, 2, 2),
+    )
+)
 
 
 def space(p):

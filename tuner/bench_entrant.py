@@ -22,7 +22,7 @@ from tuner.errors import one_line
 from tuner.timing import Call, Clock, Timed, median, wall_us
 
 #: A sample of eager calls is about this long, and at least and at most so many calls.
-EAGER_US, EAGER_CALLS = 5000.0, (2, 10)
+EAGER_US, EAGER_CALLS = 10000.0, (2, 16)
 #: Samples of the host's time, and the time after which those taken are enough.
 HOST_SAMPLES, HOST_US = 21, 500e3
 

@@ -175,7 +175,9 @@ def summary(device: Device) -> str | None:
 
 def sections(name: str, device: Device) -> list[Section]:
     """All that is known of a device, in the order of the page; ``name``: a word to begin anchors with."""
-    found = [_boundaries(f"{name}-{i}-boundary", device.bench, entry) for i, entry in _shapes(device.bench)]
+    runs = [file for file in (device.bench, *device.more) if file is not None]
+    shapes = [(file, entry) for file in runs for entry in file.data.shapes]
+    found = [_boundaries(f"{name}-{i}-boundary", file, entry, file is not device.bench) for i, (file, entry) in enumerate(shapes)]
     if not found:
         found = [Section(f"{name}-boundary", "Boundaries against rivals", missing=("no bench.json; measure with: mhc-tune bench",))]
     return [
@@ -195,8 +197,7 @@ def _shapes(file: File[Bench] | None) -> list[tuple[int, ShapeResult]]:
     return [] if file is None else list(enumerate(file.data.shapes))
 
 
-def _boundaries(name: str, file: File[Bench] | None, entry: ShapeResult) -> Section:
-    assert file is not None
+def _boundaries(name: str, file: File[Bench], entry: ShapeResult, dated: bool) -> Section:
     bench = file.data
     how = "CUDA-graph replay" if bench.graph else "wall clock"
     intro = (
@@ -217,7 +218,8 @@ def _boundaries(name: str, file: File[Bench] | None, entry: ShapeResult) -> Sect
         svg = draw(name, "Boundaries against rivals", alt, lambda width: plots.boundaries(entry, bench.kind, width))
         charts = (Chart("Shorter is better. Blue: this project; grey: rivals; dashed: the floor.", svg),)
     table = tables.headline(entry, bench.kind)
-    return Section(name, f"Boundaries against rivals, {entry.shape}", intro, charts, (("", table),), missing=tuple(missing))
+    title = f"Boundaries against rivals, {entry.shape}" + (f", run of {bench.date}" if dated else "")
+    return Section(name, title, intro, charts, (("", table),), missing=tuple(missing))
 
 
 def _pass_times(times: dict[str, Any], kind: str) -> list[str]:
@@ -439,7 +441,8 @@ def sources(device: Device, page: Path) -> list[Source]:
     def add(path: Path, what: str, date: str, command: str) -> None:
         found[path] = Source(relative_link(path, page), _name(path, device), what, date, last_commit(path) or "not committed", command)
 
-    for file, what in ((device.bench, "boundaries, rivals, kernels"), (device.decode, "small token counts")):
+    more = [(file, "boundaries of another run") for file in device.more]
+    for file, what in ((device.bench, "boundaries, rivals, kernels"), (device.decode, "small token counts"), *more):
         if file is not None:
             add(file.path, what, file.data.date, file.data.command)
     if device.profile is not None and device.profile_path is not None:

@@ -349,6 +349,8 @@ class Device:
     folder: Path
     bench: File[Bench] | None = None
     decode: File[Bench] | None = None
+    #: Other runs of the benchmark, a folder each.
+    more: tuple[File[Bench], ...] = ()
     tunes: dict[Path, list[Tune]] = field(default_factory=dict)
     replay: File[Replay] | None = None
     checks: tuple[File[Check], ...] = ()
@@ -374,11 +376,13 @@ def read_device(name: str, folder: Path, profile_path: Path | None) -> Device:
             profile = read_profile(profile_path)
         except ProfileError as e:
             raise TuneError(f"--profiles: {e}") from None
+    others = (path for path in sorted(folder.glob("*/bench.json")) if path.parent.name != "decode")
     return Device(
         name=name,
         folder=folder,
         bench=read(Bench, folder / "bench.json"),
         decode=read(Bench, folder / "decode" / "bench.json"),
+        more=tuple(run for path in others if (run := read(Bench, path)) is not None),
         tunes={path: read_tunes(path) for path in sorted(folder.glob("tune*.json"))},
         replay=read(Replay, folder / "replay.json"),
         checks=tuple(found for path in sorted(folder.glob("check*.json")) if (found := read(Check, path)) is not None),
@@ -402,7 +406,7 @@ def read_devices(results: Path, profiles: Path) -> list[Device]:
         raise TuneError(f"--profiles {profiles}: is no folder, wanted one with a <gpu>.yaml a GPU")
     found = {p.stem: p for p in sorted(profiles.glob("*.yaml")) if p.stem != WORKLOADS}
     devices = [read_device(name, folders.get(name, results / name), found.get(name)) for name in sorted({*folders, *found})]
-    devices = [d for d in devices if d.bench or d.decode or d.tunes or d.replay or d.checks or d.startup or d.profile]
+    devices = [d for d in devices if d.bench or d.decode or d.more or d.tunes or d.replay or d.checks or d.startup or d.profile]
     if not devices:
         raise TuneError(f"--results {results}, --profiles {profiles}: nothing to report, wanted <gpu>/bench.json or <gpu>.yaml")
     return sorted(map(_with_files, devices), key=lambda d: (d.bench is None, d.decode is None, d.profile is None, d.name))

@@ -593,3 +593,14 @@ def test_without_matplotlib_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.setattr("tuner.report.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     with pytest.raises(TuneError, match=r"wanted jinja2 .*pip install jinja2"):
         run_report(ReportRequest(folder / "results", folder / "profiles", folder / "x.html", False, ""))
+
+
+def test_other_runs_of_the_benchmark_are_shown_with_their_date(folder):
+    (folder / "results" / "h100" / "wide").mkdir()
+    other = result() | {"date": "2026-11-25 01:02 UTC", "command": "mhc-tune bench --out wide"}
+    (folder / "results" / "h100" / "wide" / "bench.json").write_text(json.dumps(other))
+    text = " ".join(Page(page_of(folder)).text.split())
+    assert (
+        text.count("Boundaries against rivals, 8192 × 4 × 2560, run of 2026-11-25 01:02 UTC") == 2
+    )  # in the contents and above the section
+    assert "mhc-tune bench --out wide" in text
