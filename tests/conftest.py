@@ -11,6 +11,10 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 import pytest
 import torch
 
+# What is tuned on this machine is not under test, and its programs would be compiled one by one, test by test. A GPU's profile is: it ships.
+if not torch.cuda.is_available():
+    os.environ.setdefault("MHC_PROFILE", "none")
+
 # A shell's background job inherits an ignored SIGINT, and would pass it on to whatever a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,6 +6,7 @@ bfloat16 to rounding by hand. On TVM's JSON of it: drop layout annotations, put 
 to it: tilelang is pinned, and tests/tl_kernels/test_cpu.py fails loudly when it moves.
 
 Roles of warps (``if tx < 256: ... else: ...``) run one after another in an order their named barriers allow, and barriers then do nothing.
+Where each role has a loop of its own over the same iterations, they take turns iteration by iteration.
 Blocks that wait for each other, in a loop around ``T.atomic_load``, get an OS thread each; all others run one after another.
 """
 
@@ -209,6 +210,50 @@ def _arrange(roles, order):
     return [roles[i] for i in orders[order % len(orders)]]
 
 
+def _steps(stmt):
+    """The statements of a sequence, of one in it too."""
+    return [step for part in stmt.seq for step in _steps(part)] if isinstance(stmt, tirx.SeqStmt) else [stmt]
+
+
+def _only_loop(role):
+    """The one loop in order that a role is, beside what comes before and after; None where there is none, or several."""
+    found = [step for step in _steps(role) if isinstance(step, tirx.For) and step.kind == tirx.ForKind.SERIAL]
+    return found[0] if len(found) == 1 else None
+
+
+def _iterations(loop):
+    return str(loop.min), str(loop.extent)
+
+
+def _beginning(steps):
+    """Index and name of the barrier that an iteration begins at, nothing but waiting before it; (None, None) where there is none."""
+    for i, step in enumerate(steps):
+        waits, arrives = _barriers(step)
+        if waits and isinstance(step, tirx.Evaluate):
+            return i, waits
+        if waits or arrives or _find(step, lambda node: isinstance(node, (tirx.BufferStore, tirx.For, tirx.While))):
+            break
+    return None, None
+
+
+def _fuse(roles, loops, order):
+    """What the roles do before their loops, one loop in which they take turns, and what they do after. Where all begin an iteration at one
+    barrier, all of them have ended the one before, as in one loop.
+    """
+    before, after, bodies = [], [], []
+    for role, loop in zip(roles, loops, strict=True):
+        steps = _steps(role)
+        at = next(i for i, step in enumerate(steps) if step.same_as(loop))
+        before += steps[:at]
+        after += steps[at + 1 :]
+        bodies.append(_steps(tirx.stmt_functor.substitute(loop.body, {loop.loop_var: loops[0].loop_var})))
+    begin = [_beginning(steps) for steps in bodies]
+    if all(name is not None and name == begin[0][1] for _, name in begin):
+        bodies = [[*steps[:at], *steps[at + 1 :]] for steps, (at, _) in zip(bodies, begin, strict=True)]
+    body = tirx.SeqStmt(_arrange([tirx.SeqStmt(steps) if len(steps) > 1 else steps[0] for steps in bodies], order))
+    return [*before, tirx.For(loops[0].loop_var, loops[0].min, loops[0].extent, tirx.ForKind.SERIAL, body), *after]
+
+
 def _lower_roles(body, order):
     """One thread plays every role: branches on the thread index all run. It has no other use on this target."""
     threads = {
@@ -242,7 +287,13 @@ def _lower_roles(body, order):
     def lower(stmt):
         if not uses_thread(stmt.condition):
             return None
-        roles = [transform(role) for role in _arrange(branches(stmt), order)]
+        roles = branches(stmt)
+        loops = [_only_loop(role) for role in roles]
+        if len(roles) > 1 and None not in loops and len(set(map(_iterations, loops))) == 1:
+            roles = _fuse(roles, loops, order)
+        else:
+            roles = _arrange(roles, order)
+        roles = [transform(role) for role in roles]
         return tirx.SeqStmt(roles) if len(roles) > 1 else roles[0]
 
     def transform(stmt):

@@ -7,47 +7,67 @@ mixes tile i in place, stores y and sums its squares, and makes u of an earlier 
 import tilelang.language as T
 
 from tl_kernels import reference
+from tl_kernels.apart import apart
 from tl_kernels.meeting import ROLE
-from tl_kernels.mma import ACC, padded
+from tl_kernels.mma import ACC
 from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.whole import (
-    MAIN,
-    PRE,
-    SEEDS,
-    buffers_of,
-    default,
-    group_of,
-    invalid,
-    lag_of,
-    part_of,
-    pass_configs,
-    roles,
-    row_layouts,
-    scratch_of,
-    space,
-    unserved,
-)
+from tl_kernels.together import together
+from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
 
 
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
-    bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
-    levels = cfg["levels"]
-    G, N, kb = group_of(p, cfg), padded(M, 32), n * bc
-    lag = lag_of(cfg)
-    buffers, staged = buffers_of(cfg), ahead + 1
-    part = part_of(p, cfg)
-    tile, tiles = row_layouts(p, cfg)
-    count, counters, fill, product, sums, give_u, leave = roles(p, cfg)
+    bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
+    buffers, part = buffers_of(cfg), part_of(p, cfg)
+    staged = cfg["ahead"] + 1
+    row, rows = row_layouts(p, cfg)
     T_ = T.dynamic("T")
 
     @T.macro
-    def load(i, t0, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s):
+    def load(i, t0, c0, tensors, tiles):
+        x, f, H_post, H_res = tensors
+        x_s, f_s, post_s, res_s = tiles
         for j in T.unroll(n):
             T.async_copy(x[t0 : t0 + bt, j, c0 : c0 + bc], x_s[i % buffers, :, j * bc : j * bc + bc])
         T.async_copy(f[t0 : t0 + bt, c0 : c0 + bc], f_s[i % staged, :, :])
         T.async_copy(H_post[t0 : t0 + bt, :], post_s[i % staged, :, :])
         T.async_copy(H_res[t0 : t0 + bt, :, :], res_s[i % staged, :, :, :])
+
+    @T.macro
+    def work(i, t0, tokens, c0, tiles, held, mean_s, outs):
+        x_s, f_s, post_s, res_s = tiles
+        x_f, f_f, y_f, stored, square, mean = held
+        (y,) = outs
+        for h in T.serial(bt // part):
+            t1 = h * part
+            for j in T.unroll(n):
+                for t, c in T.Parallel(part, bc):
+                    x_f[j, t, c] = x_s[i % buffers, t1 + t, j * bc + c]
+            for t, c in T.Parallel(part, bc):
+                f_f[t, c] = f_s[i % staged, t1 + t, c]
+            T.clear(square)
+            for q in T.unroll(n):
+                for t, c in T.Parallel(part, bc):
+                    y_f[t, c] = post_s[i % staged, t1 + t, q] * f_f[t, c]
+                for j in T.unroll(n):
+                    for t, c in T.Parallel(part, bc):
+                        y_f[t, c] += res_s[i % staged, t1 + t, q, j] * x_f[j, t, c]
+                # what the next sublayer reads is the rounded y: project that
+                for t, c in T.Parallel(part, bc):
+                    stored[t, c] = y_f[t, c]
+                for t, c in T.Parallel(part, bc):
+                    x_s[i % buffers, t1 + t, q * bc + c] = stored[t, c]
+                for t, c in T.Parallel(part, bc):
+                    if t0 + t1 + t < tokens and c0 + c < C:
+                        y[t0 + t1 + t, q, c0 + c] = stored[t, c]
+                for t, c in T.Parallel(part, bc):
+                    square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
+            T.reduce_sum(square, mean, dim=1)
+            for t in T.Parallel(part):
+                mean_s[i % 2, t1 + t] = mean[t] / K
+        T.fence_proxy_async()
+
+    run = (together if cfg["phi"] == "shared" else apart)(p, cfg, load, work, raw=False)
 
     @T.prim_func
     def post_res_project_pre(
@@ -63,97 +83,22 @@ def build(p, cfg):
         parts: T.Tensor((1, M + 1, T_), ACC),
         scratch: T.Tensor((scratch_of(p, cfg),), "uint32"),
     ):
-        with T.Kernel(G, groups, threads=threads + 2 * ROLE) as (s, g):
+        with T.Kernel(group_of(p, cfg), groups, threads=threads + 2 * ROLE) as (s, g):
             tx = T.get_thread_binding()
-            c0, step = s * bc, groups * bt
-            x_s = T.alloc_shared((buffers, bt, kb), dtype)
+            x_s = T.alloc_shared((buffers, bt, n * bc), dtype)
             f_s = T.alloc_shared((staged, bt, bc), dtype)
             post_s = T.alloc_shared((staged, bt, n), ACC)
             res_s = T.alloc_shared((staged, bt, n, n), ACC)
-            phi_s = T.alloc_shared((2 * N, kb), dtype)
-            z_s = T.alloc_shared((2 * N, bt + 4), ACC)
-            mean_s = T.alloc_shared((2, bt), ACC)
-            total_s = T.alloc_shared((count,), ACC)
-            pre_s = T.alloc_shared((levels, bt, n), ACC)
-            z_NT = T.alloc_fragment((2 * N, bt), ACC)
-            if levels == 1:
-                words = T.alloc_fragment((G, count), "uint32")
-                old = T.alloc_fragment((count,), "uint32")
-                total = T.alloc_fragment((count,), ACC)
             x_f = T.alloc_fragment((n, part, bc), dtype)
             f_f = T.alloc_fragment((part, bc), dtype)
             y_f = T.alloc_fragment((part, bc), ACC)
             stored = T.alloc_fragment((part, bc), dtype)
             square = T.alloc_fragment((part, bc), ACC)
             mean = T.alloc_fragment((part,), ACC)
-            T.annotate_layout({x_f: tiles, f_f: tile, y_f: tile, stored: tile, square: tile})
-            epoch = T.alloc_var("uint32")
-            epoch = scratch[counters + 2 * g]
-            mine = T.max(T.ceildiv(T.ceildiv(T_, bt) - g, groups), 0)
-
-            if tx < threads:
-                for i in T.unroll(ahead):
-                    if i < mine:
-                        load(i, (i * groups + g) * bt, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
-            fill(c0, phi, phi_s)
-            for i in T.serial(mine + lag):
-                t0 = (i * groups + g) * bt
-                if ahead > 1 and i + ahead <= mine:
-                    T.ptx_wait_group((ahead - 1) * (n + 3))
-                else:
-                    T.ptx_wait_group(0)
-                T.sync_threads()
-                if tx < threads:
-                    if levels == 2 and i >= lag:
-                        give_u(i, (i - 1) % 2, t0 - lag * step, T_, c0, x_s, pre_s, stored, y_f, u)
-                    if i + ahead < mine:
-                        if levels == 2:
-                            T.sync_threads(MAIN, threads)
-                        load(i + ahead, t0 + ahead * step, c0, x, f, H_post, H_res, x_s, f_s, post_s, res_s)
-                    if i < mine:
-                        for h in T.serial(bt // part):
-                            t1 = h * part
-                            for j in T.unroll(n):
-                                for t, c in T.Parallel(part, bc):
-                                    x_f[j, t, c] = x_s[i % buffers, t1 + t, j * bc + c]
-                            for t, c in T.Parallel(part, bc):
-                                f_f[t, c] = f_s[i % staged, t1 + t, c]
-                            T.clear(square)
-                            for q in T.unroll(n):
-                                for t, c in T.Parallel(part, bc):
-                                    y_f[t, c] = post_s[i % staged, t1 + t, q] * f_f[t, c]
-                                for j in T.unroll(n):
-                                    for t, c in T.Parallel(part, bc):
-                                        y_f[t, c] += res_s[i % staged, t1 + t, q, j] * x_f[j, t, c]
-                                # what the next sublayer reads is the rounded y: project that
-                                for t, c in T.Parallel(part, bc):
-                                    stored[t, c] = y_f[t, c]
-                                for t, c in T.Parallel(part, bc):
-                                    x_s[i % buffers, t1 + t, q * bc + c] = stored[t, c]
-                                for t, c in T.Parallel(part, bc):
-                                    if t0 + t1 + t < T_ and c0 + c < C:
-                                        y[t0 + t1 + t, q, c0 + c] = stored[t, c]
-                                for t, c in T.Parallel(part, bc):
-                                    square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
-                            T.reduce_sum(square, mean, dim=1)
-                            for t in T.Parallel(part):
-                                mean_s[i % 2, t1 + t] = mean[t] / K
-                        T.fence_proxy_async()
-                    if levels == 1 and i >= lag:
-                        T.sync_threads(PRE, threads + ROLE)
-                        give_u(i, 0, t0 - lag * step, T_, c0, x_s, pre_s, stored, y_f, u)
-                elif tx < threads + ROLE:
-                    if i >= 1 and i < mine + 1:
-                        product(i, s, g, epoch, scratch, phi_s, x_s, mean_s, z_NT, z_s)
-                else:
-                    if i >= 2:
-                        if levels == 1:
-                            sums(i, s, g, t0 - 2 * step, T_, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts)
-                        else:
-                            sums(i, mine, s, g, t0 - 2 * step, T_, epoch, scratch, total_s, pre_s, alpha, b, parts)
-            T.sync_threads()
-            if tx == 0:
-                leave(scratch, g, epoch, mine)
+            T.annotate_layout({x_f: rows, f_f: row, y_f: row, stored: row, square: row})
+            tensors, tiles = (x, f, H_post, H_res), (x_s, f_s, post_s, res_s)
+            held = (x_f, f_f, y_f, stored, square, mean)
+            run((tx, s, g, s * bc), T_, tensors, (phi, alpha, b), (u, parts, y), scratch, tiles, held, stored, y_f)
 
     return post_res_project_pre
 

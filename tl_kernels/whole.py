@@ -12,6 +12,8 @@ With ``levels: 2`` (tl_kernels/relay.py) sums take two tiles: of tile i-2 each b
 what an iteration waits for, so the main role does not wait for those of its own: it begins with u of tile i-4, whose room it then gives to
 the tile that is asked for next. With one level that would cost more, since what is asked for later arrives later.
 
+With ``phi: "registers"`` every role has a loop of its own and u always comes first, see tl_kernels/apart.py.
+
 Barriers are by hand: those TileLang would put in for shared memory know nothing of the roles and would make them take turns.
 """
 
@@ -19,12 +21,12 @@ import tilelang.language as T
 
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, meeting, scratch_size
-from tl_kernels.mma import high, low, padded
+from tl_kernels.mma import padded
 from tl_kernels.relay import relay, relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
 #: Named barriers; 0 is T.sync_threads().
-PRODUCT, SUMS, PRE, MAIN = 1, 2, 3, 5
+PRODUCT, SUMS, PRE, MAIN, TOP = 1, 2, 3, 5, 6
 
 
 def group_of(p, cfg):
@@ -43,9 +45,19 @@ def scratch_of(p, cfg):
     return size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1)
 
 
+def u_first(cfg):
+    """Whether the main role begins an iteration with u, and so has H_pre of an iteration before."""
+    return cfg["levels"] == 2 or cfg["phi"] == "registers"
+
+
 def lag_of(cfg):
     """Tiles between the main role's work on the streams and its u of the same tile."""
-    return 2 if cfg["levels"] == 1 else 4
+    return cfg["levels"] + (2 if u_first(cfg) else 1)
+
+
+def places_of(cfg):
+    """Places for H_pre of a tile: one is read while the next is written."""
+    return 2 if u_first(cfg) else 1
 
 
 def buffers_of(cfg):
@@ -67,10 +79,10 @@ def row_layouts(p, cfg):
 
 
 def roles(p, cfg):
-    """How many sums a block adds up, where a group finds its number of tiles so far, and macros: ``fill`` phi's slice, high and low; the
-    roles ``product`` and ``sums`` (``relayed`` where there are two levels) of iteration i; ``give_u``; ``leave``.
+    """How many sums a block adds up, where a group finds its number of tiles so far, and macros: the roles ``product`` and ``sums``
+    (``relayed`` where there are two levels) of iteration i; ``give_u``; ``leave``.
     """
-    n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
+    n, C, M = p.n, p.C, p.M
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
     N, part, lag, buffers = padded(M, 32), part_of(p, cfg), lag_of(cfg), buffers_of(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
@@ -79,16 +91,8 @@ def roles(p, cfg):
         count, run, lanes, columns, ask, add_share, read_totals = relay(group_of(p, cfg), groups, bt, M + 1, n + 1)
 
     @T.macro
-    def fill(c0, phi, phi_s):
-        for j in T.unroll(n):
-            for m, c in T.Parallel(N, bc):
-                value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                phi_s[m, j * bc + c] = high(value, dtype)
-                phi_s[N + m, j * bc + c] = low(value, dtype)
-
-    @T.macro
-    def product(i, s, g, epoch, scratch, phi_s, x_s, mean_s, z_NT, z_s):
-        T.gemm(phi_s, x_s[(i - 1) % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
+    def product(i, s, g, epoch, scratch, phi_b, x_s, mean_s, z_NT, z_s):
+        T.gemm(phi_b, x_s[(i - 1) % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
         T.copy(z_NT, z_s[:, 0:bt])
         T.sync_threads(PRODUCT, ROLE)
         for m, t in T.Parallel(padded(M, ROLE // bt), bt):
@@ -123,16 +127,18 @@ def roles(p, cfg):
             pre_s[place, t, q] = sigmoid(h) + pre_eps
 
     @T.macro
-    def sums(i, s, g, t0, tokens, epoch, scratch, words, old, total, total_s, pre_s, alpha, b, parts):
+    def sums(i, mine, s, g, t0, tokens, epoch, scratch, held, total_s, pre_s, alpha, b, parts):
+        words, old, total = held
         add_up(scratch, g, s, number(epoch, i - 2), words, old, total)
         for e in T.Parallel(count):
             total_s[e] = total[e]
-        put_pre(0, total_s, pre_s, alpha, b)
-        T.named_barrier_arrive(PRE, threads + ROLE)
+        put_pre(i % places_of(cfg), total_s, pre_s, alpha, b)
+        if not u_first(cfg):
+            T.named_barrier_arrive(PRE, threads + ROLE)
         write_out(s, t0, tokens, total, parts)
 
     @T.macro
-    def relayed(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
+    def relayed(i, mine, s, g, t0, tokens, epoch, scratch, held, total_s, pre_s, alpha, b, parts):
         words = T.alloc_fragment((run, lanes, columns), "uint32")
         if i < mine + 2:
             ask(scratch, g, s, number(epoch, i - 2), words)
@@ -142,14 +148,20 @@ def roles(p, cfg):
         if i < mine + 2:
             add_share(scratch, g, s, number(epoch, i - 2), t0, tokens, words, parts)
 
-    return count, counters, fill, product, (sums if cfg["levels"] == 1 else relayed), give_u, leave
+    return count, counters, product, (sums if cfg["levels"] == 1 else relayed), give_u, leave
+
+
+def phi_registers(p, cfg):
+    """Registers a thread of the product for its slice of phi, high and low."""
+    return 2 * padded(p.M, 32) * p.n * cfg["block_C"] // (2 * ROLE)
 
 
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
+    phi = 2 * padded(p.M, 32) * p.n * cfg["block_C"] if cfg["phi"] == "shared" else 0
     bt, kb, N, staged = cfg["block_T"], p.n * cfg["block_C"], padded(p.M, 32), cfg["ahead"] + 1
-    streams = (buffers_of(cfg) * bt * kb + staged * bt * cfg["block_C"] + 2 * N * kb) * p.itemsize
-    return streams + 4 * (bt * (staged * (p.n + p.n * p.n) + cfg["levels"] * p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE) + 1024
+    streams = (buffers_of(cfg) * bt * kb + staged * bt * cfg["block_C"] + phi) * p.itemsize
+    return streams + 4 * (bt * (staged * (p.n + p.n * p.n) + places_of(cfg) * p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE) + 1024
 
 
 def invalid(p, cfg):
@@ -167,6 +179,8 @@ def invalid(p, cfg):
             return f"levels=2, block_T={bt}, block_C={bc}: {G} blocks to a group, wanted so many that each adds up at most {ROLE} values"
     elif (live := G * ceildiv((p.n + 1) * bt + ceildiv((p.M - p.n) * bt, G), ROLE)) > 90:
         return f"block_T={bt}, block_C={bc}: {live} words a thread would spill"
+    if cfg["phi"] == "registers" and (held := phi_registers(p, cfg)) > 128:
+        return f"block_C={bc}, phi=registers: {held} registers a thread for {p.n * bc} channels of phi, wanted at most 128"
     need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
     return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
 
@@ -183,7 +197,7 @@ def default(p):
     bc = 64 if p.C <= 1024 else 128 if p.C <= 90 * 128 else 256
     groups = max(1, 132 // ceildiv(p.C, bc))
     cfgs = [
-        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": 1, "levels": 1}
+        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": 1, "levels": 1, "phi": "shared"}
         for bt, threads in ((32, 256), (16, 128))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
@@ -191,18 +205,24 @@ def default(p):
 
 #: What a search begins with, the best of each shape first (results/h100/tune.json, designs.txt).
 SEEDS = tuple(
-    {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": ahead, "levels": levels}
-    for bt, bc, groups, threads, ahead, levels in (
-        (32, 128, 6, 256, 1, 1),
-        (16, 128, 4, 128, 2, 2),
-        (16, 128, 4, 256, 2, 2),
-        (16, 128, 2, 256, 2, 2),
-        (16, 128, 2, 128, 2, 2),
-        (16, 128, 6, 256, 2, 1),
-        (16, 128, 4, 128, 1, 1),
-        (32, 128, 4, 256, 1, 1),
-        (16, 256, 4, 256, 2, 1),
-        (16, 128, 6, 128, 2, 2),
+    {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": ahead, "levels": levels, "phi": phi}
+    for bt, bc, groups, threads, ahead, levels, phi in (
+        (32, 128, 6, 256, 1, 1, "shared"),
+        (16, 128, 4, 128, 2, 2, "shared"),
+        (16, 128, 4, 256, 2, 2, "shared"),
+        (16, 128, 2, 256, 2, 2, "shared"),
+        (16, 128, 2, 128, 2, 2, "shared"),
+        (16, 128, 6, 256, 2, 1, "shared"),
+        (16, 128, 4, 128, 1, 1, "shared"),
+        (32, 128, 4, 256, 1, 1, "shared"),
+        (16, 256, 4, 256, 2, 1, "shared"),
+        (16, 128, 6, 128, 2, 2, "shared"),
+        (32, 128, 6, 128, 2, 1, "registers"),
+        (32, 128, 6, 256, 2, 1, "registers"),
+        (16, 128, 4, 128, 3, 2, "registers"),
+        (16, 128, 2, 128, 3, 2, "registers"),
+        (16, 128, 4, 256, 3, 2, "registers"),
+        (16, 128, 2, 256, 3, 2, "registers"),
     )
 )
 
@@ -213,8 +233,9 @@ def space(p):
         "block_C": (64, 128, 256),
         "groups": (1, 2, 4, 6, 8, 13, 16),
         "threads": (128, 256),
-        "ahead": (1, 2),
+        "ahead": (1, 2, 3),
         "levels": (1, 2),
+        "phi": ("shared", "registers"),
     }
 
 

@@ -120,6 +120,54 @@ def test_roles_run_in_every_order_their_barriers_allow():
     assert not all(play(order, buffers=1) for order in range(3))
 
 
+def loops(begin=True, buffers=2, extents=(6, 6)):
+    """A role writes what the other reads an iteration later, each in a loop of its own."""
+
+    @T.prim_func
+    def take_turns(a: T.Tensor((5, 8), "float32"), out: T.Tensor((5, 8), "float32")):
+        with T.Kernel(1, threads=256):
+            tx = T.get_thread_binding()
+            kept = T.alloc_shared((buffers, 8), "float32")
+            scale = T.alloc_fragment((8,), "float32")
+            if tx < 128:
+                for i in T.serial(extents[0]):
+                    if begin:
+                        T.ptx_wait_group(0)
+                        T.sync_threads(2, 256)
+                    if i < 5:
+                        for c in T.Parallel(8):
+                            kept[i % buffers, c] = a[i, c]
+                    if not begin:
+                        T.sync_threads(2, 256)
+            else:
+                for c in T.Parallel(8):
+                    scale[c] = 2.0
+                for i in T.serial(extents[1]):
+                    T.sync_threads(2, 256)
+                    if i >= 1:
+                        for c in T.Parallel(8):
+                            out[i - 1, c] = scale[c] * kept[(i - 1) % buffers, c]
+
+    return take_turns
+
+
+@needs_compiler
+def test_roles_with_loops_of_their_own_take_turns():
+    def right(order, buffers):
+        a, out = torch.randn(5, 8), torch.full((5, 8), float("nan"))
+        compile_cpu(loops(buffers=buffers), order=order)(a, out)
+        return torch.equal(out, 2 * a)
+
+    assert [right(order, 2) for order in (0, 1)] == [True, True]
+    assert not all(right(order, 1) for order in (0, 1))
+
+
+@pytest.mark.parametrize("program", [{"begin": False}, {"extents": (6, 7)}])
+def test_loops_that_do_not_begin_together_are_refused(program):
+    with pytest.raises(ValueError, match="two roles wait for each other at barrier 2"):
+        to_cpu(loops(**program))
+
+
 def test_roles_that_wait_for_each_other_are_refused():
     for program, words in ((roles(back=True), "each of the roles"), (roles(both=True), "two roles wait for each other at barrier 2")):
         with pytest.raises(ValueError, match=words):

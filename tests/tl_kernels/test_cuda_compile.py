@@ -54,6 +54,17 @@ def test_tf32_path_compiles(name, dtype):
     assert f"{name}_kernel" in compile_kernel(kernel, p, kernel.default(p), "sm_90a").get_kernel_source()
 
 
+@nvcc
+def test_the_product_reads_phi_from_registers():
+    kernel = KERNELS["project_pre"]
+    p = kernel.problem(4, 2560)
+    seed = next(seed for seed in kernel.seeds if seed["phi"] == "registers" and seed["threads"] == 256)
+    assert kernel.invalid(p, seed) is None
+    source = compile_kernel(kernel, p, dict(seed), "sm_90a").get_kernel_source()
+    assert "wgmma_rs" in source
+    assert source.count("warpgroup_reg_alloc<168>") == source.count("warpgroup_reg_dealloc<88>") == 1
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WHOLE])
 def test_default_fits_the_smallest_shared_memory(name):
     import tilelang

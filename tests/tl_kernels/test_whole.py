@@ -13,27 +13,36 @@ from tuner import gate
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
-SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "phi": "shared"}
 RELAY = {"levels": 2, "groups": 2}
+APART = {"phi": "registers"}
 CPU = (
     (4, 64, {"groups": 2}),
     (4, 136, {}),
     (1, 200, {"block_T": 32, "groups": 2, "ahead": 2}),
     (4, 264, RELAY),
     (1, 136, {**RELAY, "ahead": 2}),
+    (4, 136, APART),
+    (4, 264, {**RELAY, **APART, "ahead": 3}),
 )
+WIDE = {**SMALL, "block_C": 128, "threads": 256}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
 GPU += (
-    (4, 2560, {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1, "levels": 1}),
+    (4, 2560, {**WIDE, "block_T": 32, "groups": 6}),
     *((n, C, {**SMALL, **RELAY, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
-    (4, 2560, {"block_T": 16, "block_C": 128, "groups": 6, "threads": 256, "ahead": 2, "levels": 2}),
-    (4, 4096, {"block_T": 16, "block_C": 128, "groups": 4, "threads": 128, "ahead": 1, "levels": 2}),
-    (4, 7168, {"block_T": 16, "block_C": 128, "groups": 2, "threads": 128, "ahead": 1, "levels": 2}),
+    (4, 2560, {**WIDE, "groups": 6, "ahead": 2, "levels": 2}),
+    (4, 4096, {**WIDE, "groups": 4, "threads": 128, "levels": 2}),
+    (4, 7168, {**WIDE, "groups": 2, "threads": 128, "levels": 2}),
+    *((n, C, {**SMALL, **APART, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288)),
+    *((n, 1288, {**SMALL, **RELAY, **APART, "groups": 3, "ahead": 3}) for n in (1, 2, 3, 4)),
+    (4, 2560, {**WIDE, **APART, "block_T": 32, "groups": 6, "threads": 128, "ahead": 2}),
+    (4, 2560, {**WIDE, **APART, "block_T": 32, "groups": 6, "ahead": 2}),
+    (4, 7168, {**WIDE, **APART, "groups": 2, "ahead": 3, "levels": 2}),
     (4, 7168, None),
     (4, 4096, None),
     (3, 1280, None),
 )
-FEW = (CPU[1], CPU[3])  # the two programs share all but the main role
+FEW = (CPU[1], CPU[3], CPU[6])  # the two programs share all but the main role
 CASES = [
     pytest.param(name, "cpu", n, C, {**SMALL, **cfg}, id=f"{name}-cpu-n{n}-C{C}")
     for name in WHOLE
@@ -46,7 +55,7 @@ CASES += [
         n,
         C,
         cfg,
-        id=f"{name}-cuda-n{n}-C{C}-{'default' if cfg is None else (cfg['block_C'], cfg['levels'])}",
+        id=f"{name}-cuda-n{n}-C{C}-{'default' if cfg is None else '-'.join(str(cfg[k]) for k in ('block_T', 'threads', 'levels', 'phi'))}",
         marks=pytest.mark.gpu,
     )
     for name in WHOLE
@@ -60,12 +69,12 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize(("levels", "phi"), [(1, "shared"), (2, "shared"), (2, "registers")])
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
-def test_roles_in_every_order_their_barriers_allow(name, order, levels):
+def test_roles_in_every_order_their_barriers_allow(name, order, levels, phi):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]
-    p, cfg = kernel.problem(4, 136 if levels == 1 else 264), {**SMALL, "levels": levels, "block_C": 128 if levels == 1 else 64}
+    p, cfg = kernel.problem(4, 136 if levels == 1 else 264), {**SMALL, "levels": levels, "phi": phi, "block_C": 128 if levels == 1 else 64}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
@@ -74,11 +83,12 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("phi", ["shared", "registers"])
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("name", WHOLE)
-def test_many_launches_of_many_lengths_with_one_scratch(name, levels):
+def test_many_launches_of_many_lengths_with_one_scratch(name, levels, phi):
     """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
-    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels})
+    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "phi": phi})
     inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in (1, 15, 16, 17, 95, 96, 97, 500)}
     first = {T: run(*inputs[T]) for T in inputs}
     for _ in range(20):
@@ -116,7 +126,7 @@ def test_streams_and_graphs_have_scratch_of_their_own(name):
 def test_rules_of_a_configuration(name):
     kernel = KERNELS[name]
     p = kernel.problem(4, 2560)
-    good = {"block_T": 32, "block_C": 128, "groups": 6, "threads": 256, "ahead": 1, "levels": 1}
+    good = {**WIDE, "block_T": 32, "groups": 6}
     assert kernel.invalid(p, good) is None
     for change, why in (
         ({"block_T": 24}, "wanted 16, 32 or 64 tokens"),
@@ -125,6 +135,7 @@ def test_rules_of_a_configuration(name):
         ({"block_T": 16, "block_C": 64}, "divisor of block_T=16 tokens at a time, not 32"),
         ({"groups": 16}, "groups=16: 320 blocks"),
         ({"block_C": 256}, "bytes of shared memory"),
+        ({"block_C": 256, "phi": "registers"}, "256 registers a thread for 1024 channels of phi, wanted at most 128"),
     ):
         assert why in kernel.invalid(p, {**good, **change})
     assert "each adds up at most 128 values" in kernel.invalid(kernel.problem(4, 256), {**good, "block_T": 16, "levels": 2})

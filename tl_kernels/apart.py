@@ -1,0 +1,94 @@
+"""The whole passes (tl_kernels/whole.py) with a loop of its own for every role, so that what a role holds in registers is not held by all.
+
+The product holds its slice of phi there, high and low: 128 registers a thread for 512 channels. From shared memory it would be read again
+for every tile, four times the bytes of the tile at 16 tokens, and take 64 KiB of room for tiles on their way.
+
+The roles begin every tile together, as in one loop, and u comes first. With two warpgroups in the main role a thread has 128 registers to
+begin with; the product takes some of those that the sums can spare.
+"""
+
+import tilelang.language as T
+
+from tl_kernels.meeting import ROLE
+from tl_kernels.mma import ACC, high, low, padded
+from tl_kernels.whole import MAIN, TOP, group_of, lag_of, phi_registers, places_of, roles
+
+#: Registers a thread of the product and of the sums where the kernel begins with 128: together 256.
+PRODUCT_REGISTERS, SUMS_REGISTERS = 168, 88
+
+
+def apart(p, cfg, load, work, raw):
+    """A macro that runs all tiles of a block; arguments and their order are those of tl_kernels/together.py."""
+    n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
+    bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
+    N, lag, step = padded(M, 32), lag_of(cfg), groups * bt
+    everyone = threads + 2 * ROLE
+    narrow = everyone > 384 and phi_registers(p, cfg) > 64
+    count, counters, product, sums, give_u, leave = roles(p, cfg)
+
+    @T.macro
+    def fill(c0, phi, phi_f):
+        for j in T.unroll(n):
+            for m, c in T.Parallel(2 * N, bc):
+                value = T.if_then_else(T.And(m % N < M, c0 + c < C), phi[T.min(m % N, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
+                phi_f[m, j * bc + c] = T.if_then_else(m < N, high(value, dtype), low(value, dtype))
+
+    @T.macro
+    def run(block, tokens, tensors, weights, outs, scratch, tiles, held, x_f, u_f):
+        tx, s, g, c0 = block
+        phi, alpha, b = weights
+        u, parts = outs[0], outs[1]
+        phi_f = T.alloc_fragment((2 * N, n * bc), dtype)
+        z_s = T.alloc_shared((2 * N, bt + 4), ACC)
+        mean_s = T.alloc_shared((2, bt), ACC)
+        total_s = T.alloc_shared((count,), ACC)
+        pre_s = T.alloc_shared((places_of(cfg), bt, n), ACC)
+        z_NT = T.alloc_fragment((2 * N, bt), ACC)
+        words = T.alloc_fragment((group_of(p, cfg), count), "uint32")
+        old = T.alloc_fragment((count,), "uint32")
+        total = T.alloc_fragment((count,), ACC)
+        epoch = T.alloc_var("uint32")
+        epoch = scratch[counters + 2 * g]
+        mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
+        if tx < threads:
+            for i in T.unroll(ahead):
+                if i < mine:
+                    load(i, (i * groups + g) * bt, c0, tensors, tiles)
+            for i in T.serial(mine + lag):
+                t0 = (i * groups + g) * bt
+                if ahead > 1 and i + ahead <= mine:
+                    T.ptx_wait_group((ahead - 1) * (n + len(tiles) - 1))
+                else:
+                    T.ptx_wait_group(0)
+                if raw:
+                    T.fence_proxy_async()
+                T.sync_threads(TOP, everyone)
+                if i >= lag:
+                    give_u(i, (i - 1) % 2, t0 - lag * step, tokens, c0, tiles[0], pre_s, x_f, u_f, u)
+                if i + ahead < mine:
+                    T.sync_threads(MAIN, threads)
+                    load(i + ahead, t0 + ahead * step, c0, tensors, tiles)
+                if i < mine:
+                    work(i, t0, tokens, c0, tiles, held, mean_s, outs[2:])
+        elif tx < threads + ROLE:
+            if narrow:
+                T.set_max_nreg(PRODUCT_REGISTERS, 1)
+            fill(c0, phi, phi_f)
+            for i in T.serial(mine + lag):
+                T.sync_threads(TOP, everyone)
+                if i >= 1 and i < mine + 1:
+                    product(i, s, g, epoch, scratch, phi_f, tiles[0], mean_s, z_NT, z_s)
+        else:
+            if narrow:
+                T.set_max_nreg(SUMS_REGISTERS, 0)
+            for i in T.serial(mine + lag):
+                T.sync_threads(TOP, everyone)
+                if i >= 2 and i < mine + cfg["levels"] + 1:
+                    t1 = ((i - 2) * groups + g) * bt
+                    sums(i, mine, s, g, t1, tokens, epoch, scratch, (words, old, total), total_s, pre_s, alpha, b, parts)
+
+        T.sync_threads()
+        if tx == 0:
+            leave(scratch, g, epoch, mine)
+
+    return run
