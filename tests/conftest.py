@@ -11,7 +11,7 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 import pytest
 import torch
 
-# What is tuned on this machine is not under test, and its programs would be compiled one by one, test by test. A GPU's profile is: it ships.
+# What is tuned on this machine is not under test, and would be compiled test by test. A GPU's profile is: it ships.
 if not torch.cuda.is_available():
     os.environ.setdefault("MHC_PROFILE", "none")
 
