@@ -10,8 +10,8 @@ begin with; the product takes some of those that the sums can spare.
 import tilelang.language as T
 
 from tl_kernels.meeting import ROLE
-from tl_kernels.mma import ACC, high, low, padded
-from tl_kernels.whole import MAIN, TOP, group_of, lag_of, phi_registers, places_of, roles
+from tl_kernels.mma import high, low, padded
+from tl_kernels.whole import MAIN, TOP, lag_of, phi_registers, roles
 
 #: Registers a thread of the product and of the sums where the kernel begins with 128: together 256.
 PRODUCT_REGISTERS, SUMS_REGISTERS = 168, 88
@@ -24,7 +24,7 @@ def apart(p, cfg, load, work, raw):
     N, lag, step = padded(M, 32), lag_of(cfg), groups * bt
     everyone = threads + 2 * ROLE
     narrow = everyone > 384 and phi_registers(p, cfg) > 64
-    count, counters, product, sums, give_u, leave = roles(p, cfg)
+    counters, room, product, sums, give_u, leave = roles(p, cfg)
 
     @T.macro
     def fill(c0, phi, phi_f):
@@ -39,14 +39,7 @@ def apart(p, cfg, load, work, raw):
         phi, alpha, b = weights
         u, parts = outs[0], outs[1]
         phi_f = T.alloc_fragment((2 * N, n * bc), dtype)
-        z_s = T.alloc_shared((2 * N, bt + 4), ACC)
-        mean_s = T.alloc_shared((2, bt), ACC)
-        total_s = T.alloc_shared((count,), ACC)
-        pre_s = T.alloc_shared((places_of(cfg), bt, n), ACC)
-        z_NT = T.alloc_fragment((2 * N, bt), ACC)
-        words = T.alloc_fragment((group_of(p, cfg), count), "uint32")
-        old = T.alloc_fragment((count,), "uint32")
-        total = T.alloc_fragment((count,), ACC)
+        z_s, z_NT, mean_s, total_s, pre_s, held_by_sums = room()
         epoch = T.alloc_var("uint32")
         epoch = scratch[counters + 2 * g]
         mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
@@ -85,7 +78,7 @@ def apart(p, cfg, load, work, raw):
                 T.sync_threads(TOP, everyone)
                 if i >= 2 and i < mine + cfg["levels"] + 1:
                     t1 = ((i - 2) * groups + g) * bt
-                    sums(i, mine, s, g, t1, tokens, epoch, scratch, (words, old, total), total_s, pre_s, alpha, b, parts)
+                    sums(i, mine, s, g, t1, tokens, epoch, scratch, held_by_sums, total_s, pre_s, alpha, b, parts)
 
         T.sync_threads()
         if tx == 0:

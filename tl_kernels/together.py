@@ -3,8 +3,8 @@
 import tilelang.language as T
 
 from tl_kernels.meeting import ROLE
-from tl_kernels.mma import ACC, high, low, padded
-from tl_kernels.whole import MAIN, PRE, group_of, lag_of, places_of, roles
+from tl_kernels.mma import high, low, padded
+from tl_kernels.whole import MAIN, PRE, lag_of, roles
 
 
 def together(p, cfg, load, work, raw):
@@ -17,7 +17,7 @@ def together(p, cfg, load, work, raw):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads, ahead, levels = (cfg[k] for k in ("block_T", "block_C", "groups", "threads", "ahead", "levels"))
     N, lag, step = padded(M, 32), lag_of(cfg), groups * bt
-    count, counters, product, sums, give_u, leave = roles(p, cfg)
+    counters, room, product, sums, give_u, leave = roles(p, cfg)
 
     @T.macro
     def fill(c0, phi, phi_s):
@@ -33,14 +33,7 @@ def together(p, cfg, load, work, raw):
         phi, alpha, b = weights
         u, parts = outs[0], outs[1]
         phi_s = T.alloc_shared((2 * N, n * bc), dtype)
-        z_s = T.alloc_shared((2 * N, bt + 4), ACC)
-        mean_s = T.alloc_shared((2, bt), ACC)
-        total_s = T.alloc_shared((count,), ACC)
-        pre_s = T.alloc_shared((places_of(cfg), bt, n), ACC)
-        z_NT = T.alloc_fragment((2 * N, bt), ACC)
-        words = T.alloc_fragment((group_of(p, cfg), count), "uint32")
-        old = T.alloc_fragment((count,), "uint32")
-        total = T.alloc_fragment((count,), ACC)
+        z_s, z_NT, mean_s, total_s, pre_s, held_by_sums = room()
         epoch = T.alloc_var("uint32")
         epoch = scratch[counters + 2 * g]
         mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
@@ -75,7 +68,7 @@ def together(p, cfg, load, work, raw):
                     product(i, s, g, epoch, scratch, phi_s, tiles[0], mean_s, z_NT, z_s)
             else:
                 if i >= 2:
-                    sums(i, mine, s, g, t0 - 2 * step, tokens, epoch, scratch, (words, old, total), total_s, pre_s, alpha, b, parts)
+                    sums(i, mine, s, g, t0 - 2 * step, tokens, epoch, scratch, held_by_sums, total_s, pre_s, alpha, b, parts)
 
         T.sync_threads()
         if tx == 0:

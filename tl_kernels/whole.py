@@ -21,7 +21,7 @@ import tilelang.language as T
 
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, meeting, scratch_size
-from tl_kernels.mma import padded
+from tl_kernels.mma import ACC, padded
 from tl_kernels.relay import relay, relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
@@ -79,7 +79,7 @@ def row_layouts(p, cfg):
 
 
 def roles(p, cfg):
-    """How many sums a block adds up, where a group finds its number of tiles so far, and macros: the roles ``product`` and ``sums``
+    """Where a group finds its number of tiles so far, and macros: ``room`` for what the roles share; the roles ``product`` and ``sums``
     (``relayed`` where there are two levels) of iteration i; ``give_u``; ``leave``.
     """
     n, C, M = p.n, p.C, p.M
@@ -89,6 +89,18 @@ def roles(p, cfg):
     count, counters, number, publish, add_up, write_out, leave = meeting(group_of(p, cfg), groups, bt, M + 1, n + 1)
     if cfg["levels"] == 2:
         count, run, lanes, columns, ask, add_share, read_totals = relay(group_of(p, cfg), groups, bt, M + 1, n + 1)
+
+    @T.macro
+    def room():
+        z_s = T.alloc_shared((2 * N, bt + 4), ACC)
+        mean_s = T.alloc_shared((2, bt), ACC)
+        total_s = T.alloc_shared((count,), ACC)
+        pre_s = T.alloc_shared((places_of(cfg), bt, n), ACC)
+        z_NT = T.alloc_fragment((2 * N, bt), ACC)
+        words = T.alloc_fragment((group_of(p, cfg), count), "uint32")
+        old = T.alloc_fragment((count,), "uint32")
+        total = T.alloc_fragment((count,), ACC)
+        return z_s, z_NT, mean_s, total_s, pre_s, (words, old, total)
 
     @T.macro
     def product(i, s, g, epoch, scratch, phi_b, x_s, mean_s, z_NT, z_s):
@@ -148,7 +160,7 @@ def roles(p, cfg):
         if i < mine + 2:
             add_share(scratch, g, s, number(epoch, i - 2), t0, tokens, words, parts)
 
-    return count, counters, product, (sums if cfg["levels"] == 1 else relayed), give_u, leave
+    return counters, room, product, (sums if cfg["levels"] == 1 else relayed), give_u, leave
 
 
 def phi_registers(p, cfg):
