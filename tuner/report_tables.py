@@ -303,7 +303,7 @@ def _timed(check: Check) -> Table:
         if p.verdict != "same"
     ]
     alarms = check.false_alarms
-    notes = list(check.notes)
+    notes = [note for note in check.notes if alarms is None or not note.startswith("false alarms:")]
     if alarms is not None:
         how = f"{alarms.regressed} of {alarms.judged} ({alarms.entries} entries, {alarms.runs} runs of identical code)"
         notes.insert(0, f"False alarms: {percent(alarms.rate)}, {how}; {alarms.runs_with_alarm} runs had one.")

@@ -604,3 +604,13 @@ def test_other_runs_of_the_benchmark_are_shown_with_their_date(folder):
         text.count("Boundaries against rivals, 8192 × 4 × 2560, run of 2026-11-25 01:02 UTC") == 2
     )  # in the contents and above the section
     assert "mhc-tune bench --out wide" in text
+
+
+def test_a_check_in_which_nothing_moved_has_no_empty_table_and_says_its_alarms_once(folder):
+    same = {**TIMED_CHECK, "programs": [], "counts": {}, "notes": [*TIMED_CHECK["notes"], "false alarms: 2 of 1000 (0.20%)"]}
+    before = page_of(folder)
+    (folder / "results" / "h100" / "check_noise.json").write_text(json.dumps(same))
+    (folder / "results" / "h100" / "check.json").unlink()
+    page = page_of(folder)
+    assert ">before us</th>" in before and ">before us</th>" not in page
+    assert " ".join(Page(page).text.split()).lower().count("false alarms") == 1
