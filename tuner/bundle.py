@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +27,7 @@ from tuner.errors import INTERRUPTED, TuneError, printable
 from tuner.hardware import Hardware, find_compiler
 from tuner.plan import pick_kernels, split_names
 from tuner.run import term_is_interrupt
+from tuner.waiting import as_they_end
 from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
 
 #: Exit code where some programs, or all, could not be compiled.
@@ -193,7 +193,7 @@ def _compile(
     ):
         task = bar.add_task("", total=len(programs))
         futures = {pool.submit(library_job, w.kernel, w.p, w.config, arch, timeout=COMPILE_TIMEOUT_S): w for w in programs}
-        for future in as_completed(futures):
+        for future in as_they_end(futures):
             wanted = futures[future]
             try:
                 library, dynamic = future.result()

@@ -38,6 +38,7 @@ from tuner.latency_report import HERE, Found, Other, some
 from tuner.latency_runs import Runs, Side
 from tuner.noise import noise_path, write_noise
 from tuner.run import term_is_interrupt
+from tuner.waiting import answer
 from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool
 
 SAME, REGRESSED, NOT_MEASURED = 0, 1, 3
@@ -61,9 +62,8 @@ def _other(plan: Plan, revision: Revision) -> Other:
     names = list(plan.cases)
     with WorkerPool(1, env=COMPILE_ENV, path=revision.path) as pool:
         try:
-            found = pool.submit(
-                surface_job, plan.path.stem, [plan.cases[name] for name in names], revision.path[-1], timeout=SURFACE_S
-            ).result()
+            wanted = [plan.cases[name] for name in names]
+            found = answer(pool.submit(surface_job, plan.path.stem, wanted, revision.path[-1], timeout=SURFACE_S))
         except WorkerError as e:
             raise TuneError(f"--against {revision.rev}: {revision.commit[:12]} has not what today's check needs of it: {e}") from None
     reasons: Counter[str] = Counter(why for why in found["cases"] if isinstance(why, str))

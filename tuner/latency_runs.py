@@ -23,6 +23,7 @@ from tuner.display import duration
 from tuner.latency_case import Case
 from tuner.latency_job import batch_job, build_job, copy_job, prepare_job, start_job
 from tuner.timing import median
+from tuner.waiting import answer
 from tuner.workers import MEASURE_ENV, WorkerError, WorkerPool
 
 #: Seconds for one job: starting, making inputs and the first call, or a batch.
@@ -150,9 +151,9 @@ class Runs:
         """One run, an entry a step."""
         try:
             for pool in pools:  # started, and none starts beside a timing
-                pool.submit(start_job, timeout=JOB_S).result()
+                answer(pool.submit(start_job, timeout=JOB_S))
             with hold(self._lock, timeout_s=BUSY_S):
-                self.copy_gbps.append(pools[0].submit(copy_job, self.target, timeout=JOB_S).result())
+                self.copy_gbps.append(answer(pools[0].submit(copy_job, self.target, timeout=JOB_S)))
         except (WorkerError, DeviceBusy) as e:
             self.lost = str(e).removeprefix("FatalError: ")
             return
@@ -197,7 +198,7 @@ class Runs:
 
     def _ask(self, side: Side, pool: WorkerPool, job: Any, *args: Any) -> Any:
         try:
-            return pool.submit(job, *args, timeout=JOB_S).result()
+            return answer(pool.submit(job, *args, timeout=JOB_S))
         except WorkerError as e:
             raise _Failed(self._of(side, str(e))) from None
 

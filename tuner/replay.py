@@ -18,7 +18,7 @@ import platform
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -38,6 +38,7 @@ from tuner.ledger import Ledger, Study, read_ledger
 from tuner.replay_plot import plot
 from tuner.search import Search
 from tuner.task import Result, Task, config_key
+from tuner.waiting import as_they_end
 from tuner.writer import check_writable
 
 COLD, SEEDED = "cold", "seeded"
@@ -177,7 +178,7 @@ def run_jobs(jobs: Sequence[Job], request: ReplayRequest) -> Iterator[tuple[Job,
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(request.jobs, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(request.ledger,))
     try:
-        for future in as_completed([pool.submit(_run, job, request) for job in jobs]):
+        for future in as_they_end([pool.submit(_run, job, request) for job in jobs]):
             yield future.result()
     except BrokenExecutor as e:
         raise TuneError(f"replay: a process died: {one_line(e)}") from None

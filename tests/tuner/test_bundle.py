@@ -121,8 +121,11 @@ def test_a_bundle_is_replaced_as_a_whole(can_exchange, compiled, tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "h100.yaml"]
 
 
+@pytest.mark.parametrize("restarts", [False, True])  # system calls after a signal, as a library may have asked for
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing_behind(signum, compiled, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_leaves_nothing_behind(signum, restarts, compiled, tmp_path, monkeypatch, capsys, request):
+    signal.siginterrupt(signal.SIGINT, not restarts)
+    request.addfinalizer(lambda: signal.siginterrupt(signal.SIGINT, True))
     profile = write_profile(tmp_path / "h100.yaml", ("pre",), 64, GPU, "sm_90a")
     pid_file = tmp_path / "pid"
     monkeypatch.setenv("PLANTED_PID", str(pid_file))

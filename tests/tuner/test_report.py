@@ -544,7 +544,7 @@ def test_this_repository_makes_a_page(tmp_path, capsys):
     out = tmp_path / "deep" / "report.html"
     assert run_report(ReportRequest(ROOT / "results", ROOT / "configs", out, False, "mhc-tune report")) == 0
     page = out.read_text()
-    assert len(page.encode()) < 1_000_000
+    assert len(page.encode()) < 1_500_000  # 1.05 MB with everything tuned on the CPU too
     check_inert(page, out.parent)
     roof = next(s for s in svgs(page) if "d0-roofline" in s.get("aria-labelledby"))
     assert set(KERNELS) <= {"".join(t.itertext()) for t in roof.iter(f"{SVG}text")}
