@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,11 @@ def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
     import tilelang
 
     with _PARSING:
-        return tilelang.compile(func, target={"kind": "cuda", "arch": target}, pass_configs=kernel.pass_configs(cfg))
+        try:
+            return tilelang.compile(func, target={"kind": "cuda", "arch": target}, pass_configs=kernel.pass_configs(cfg))
+        finally:
+            # lowering has system calls restarted after SIGINT: a wait without a limit, a data loader's say, would never see a Ctrl-C
+            signal.siginterrupt(signal.SIGINT, True)
 
 
 class Launcher:

@@ -1,12 +1,15 @@
 """Compiling and calling: one launcher a configuration, other devices, poisoned outputs handed in."""
 
+import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tests.tl_kernels.checks import launcher
-from tl_kernels import KERNELS
+from tl_kernels import KERNELS, launch
 from tl_kernels.launch import device_arch, get_launcher
 from tuner.inputs import make_inputs
 
@@ -75,3 +78,22 @@ def test_launchers_follow_the_current_stream():
         (u,) = run(*inputs)
     stream.synchronize()
     assert not u.any()
+
+
+def test_ctrl_c_ends_a_wait_after_a_program_was_lowered(monkeypatch, request):
+    kernel = KERNELS["pre"]
+    p = kernel.problem(4, 64)
+    # as TileLang 0.1.15 leaves it
+    monkeypatch.setattr("tilelang.compile", lambda *args, **kwargs: signal.siginterrupt(signal.SIGINT, False))
+    request.addfinalizer(lambda: signal.siginterrupt(signal.SIGINT, True))
+    launch.compile_kernel(kernel, p, kernel.default(p), "sm_90a")
+    lock, main = threading.Lock(), threading.main_thread().ident
+    lock.acquire()
+    end = threading.Timer(20.0, lock.release)
+    for timer in (threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)), end):
+        timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        lock.acquire()
+    end.cancel()
+    assert time.monotonic() - start < 10
