@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tuner.display import duration
+from tuner.waiting import as_they_end
 from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
 
 
@@ -32,7 +32,7 @@ def compile_each(
     """Call ``job`` with each of ``args`` in ``jobs`` processes (default: every core) that see no GPU. Returns results by the same names, or
     the :class:`WorkerError` where there is none. ``path``: where the processes import from, see :class:`tuner.workers.WorkerPool`.
     """
-    from tuner.bench_compile import COMPILE_S, POLL_S
+    from tuner.bench_compile import COMPILE_S
 
     found: dict[str, Any] = {}
     start = time.monotonic()
@@ -41,17 +41,15 @@ def compile_each(
         WorkerPool(max(1, min(jobs or cores(), len(args))), env=COMPILE_ENV, nice=10, path=path) as pool,
     ):
         bar = progress.add_task(what, total=len(args))
-        waiting: dict[Future[Any], str] = {pool.submit(job, *given, timeout=COMPILE_S): name for name, given in args.items()}
-        while waiting:
-            done, _ = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
-            for future in done:
-                name = waiting.pop(future)
-                try:
-                    found[name] = future.result()
-                except WorkerError as e:
-                    found[name] = e
-                progress.advance(bar)
-                if not console.is_terminal:  # a CI log: say that it lives
-                    took = time.monotonic() - start
-                    console.print(escape(f"[{len(args) - len(waiting)}/{len(args)}] {duration(took)} {name}"), soft_wrap=True)
+        futures = {pool.submit(job, *given, timeout=COMPILE_S): name for name, given in args.items()}
+        for count, future in enumerate(as_they_end(futures), 1):
+            name = futures[future]
+            try:
+                found[name] = future.result()
+            except WorkerError as e:
+                found[name] = e
+            progress.advance(bar)
+            if not console.is_terminal:  # a CI log: say that it lives
+                took = time.monotonic() - start
+                console.print(escape(f"[{count}/{len(args)}] {duration(took)} {name}"), soft_wrap=True)
     return found
