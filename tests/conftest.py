@@ -38,6 +38,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+def python_path(*folders: object) -> str:
+    """``PYTHONPATH`` for a child: these folders before what is on it already (on a GPU machine, packages that have no other place)."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def poison(t: torch.Tensor) -> torch.Tensor:
     """Fill with what no kernel should leave behind: NaN, or the largest integer. Returns ``t``."""
     return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max)

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two CPU processes: the gradients and the dtypes of one process."""
+"""DDP and FSDP2 on two processes, each with its CPU share or its GPU: the gradients and the dtypes of one process."""
 
 import os
 
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mhc
 
-DIM, N, TOKENS = 16, 4, 12
+DIM, N, TOKENS = 64, 4, 12
 
 
 class Block(nn.Module):
@@ -41,9 +41,9 @@ def loss_of(model, x):
     return model(x).float().square().mean()
 
 
-def alone():
-    model = Block()
-    sum(loss_of(model, x) for x in data()).div(2).backward()
+def alone(device):
+    model = Block().to(device)
+    sum(loss_of(model, x.to(device)) for x in data()).div(2).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -51,17 +51,21 @@ def full(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def _worker(rank, port, kind):
+def _worker(rank, port, kind, device_type):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    on_gpu = device_type == "cuda"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        with mhc.use_backend("reference"):
-            model = Block()
+        with mhc.use_backend("tilelang" if on_gpu else "reference"):
+            model = Block().to(device)
             if kind == "ddp":
                 wrapped = DistributedDataParallel(model)
                 rtol = 1e-4
             else:
-                mesh = init_device_mesh("cpu", (2,))
+                mesh = init_device_mesh(device_type, (2,))
                 # its own group without a cast: coefficients stay float32 while the rest of the model computes in bfloat16
                 for hc in (model.hc, model.hc2):
                     fully_shard(hc, mesh=mesh)
@@ -71,8 +75,8 @@ def _worker(rank, port, kind):
                 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if low else None, cast_forward_inputs=low)
                 wrapped = fully_shard(model, mesh=mesh, mp_policy=policy)
                 rtol = 5e-2 if low else 1e-4
-            loss_of(wrapped, data()[rank]).backward()
-            for name, want in alone().items():
+            loss_of(wrapped, data()[rank].to(device)).backward()
+            for name, want in alone(device).items():
                 got = full(dict(model.named_parameters())[name].grad)
                 assert got.dtype is torch.float32, name
                 assert (got - want).norm() <= rtol * want.norm(), (name, got, want)
@@ -86,7 +90,14 @@ def _worker(rank, port, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-bfloat16"])
 def test_two_processes_give_the_gradients_of_one(kind, free_port):
-    torch.multiprocessing.spawn(_worker, args=(free_port, kind), nprocs=2)
+    torch.multiprocessing.spawn(_worker, args=(free_port, kind, "cpu"), nprocs=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wanted two CUDA devices")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-bfloat16"])
+def test_two_gpus_give_the_gradients_of_one(kind, free_port):
+    torch.multiprocessing.spawn(_worker, args=(free_port, kind, "cuda"), nprocs=2)
 
 
 @pytest.fixture

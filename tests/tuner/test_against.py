@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import tuner
+from tests.conftest import python_path
 from tests.tuner import planted_latency as planted
 from tests.tuner.conftest import make_entry as entry
 from tests.tuner.packaged import without
@@ -76,7 +77,7 @@ def here(monkeypatch, clone):
 
 
 def command(folder, *args):
-    env = {**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder.parent), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": python_path(folder), "TMPDIR": str(folder.parent), "CUDA_VISIBLE_DEVICES": ""}
     argv = [sys.executable, "-m", "tuner.cli", "check", *map(str, args)]
     return subprocess.Popen(argv, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -128,7 +129,7 @@ def test_ten_percent_is_caught_on_a_gpu_and_nothing_else(clone):
     commit(clone)
     file = clone.parent / "c.json"
     argv = [sys.executable, "-m", "tuner.cli", "check", "--kernels", "pre,post_res,pre_grad", "--shapes", "8192x4x2560", "--runs", "5"]
-    env = {**os.environ, "PYTHONPATH": str(clone), "TMPDIR": str(clone.parent)}
+    env = {**os.environ, "PYTHONPATH": python_path(clone), "TMPDIR": str(clone.parent)}
     done = subprocess.run([*argv, "--json", str(file), "--against", first], cwd=clone, env=env, capture_output=True, text=True, timeout=540)
     print(done.stdout)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -16,6 +16,7 @@ import pytest
 
 from mhc.profile import read_profile, save_profile
 from mhc.schema import Profile
+from tests.conftest import python_path
 from tests.mhc.bundled import ROOT, N, write_profile
 from tests.tuner import planted_bundle
 from tl_kernels import KERNELS
@@ -145,7 +146,7 @@ def test_an_interrupt_leaves_nothing_behind(signum, restarts, compiled, tmp_path
 
 
 def test_help_teaches(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT), "COLUMNS": "160"}
     command = [sys.executable, "-m", "tuner.cli", "compile", "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -182,7 +183,7 @@ def test_what_the_user_can_mend(monkeypatch, capsys, tmp_path):
 def test_a_cubin_without_a_gpu(tmp_path):
     """From outside, with nvcc: then a process takes its program from the bundle, without TileLang, and another one from TileLang."""
     profile = write_profile(tmp_path / "h100.yaml", ("pre",), 256, GPU, "sm_90a")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "tuner.cli", "compile", "--gpu", "h100", "--profile", str(profile), "-o", "bundle"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from mhc.profile import read_profile
+from tests.conftest import python_path
 from tuner import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
+    return {**os.environ, "PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
 
 
 def mhc_tune(folder, *args, **env):

@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from tests.conftest import python_path
 from tuner import dashboard
 from tuner.dashboard import HOST, check_there, default_url, looking_only, make_server
 from tuner.errors import TuneError
@@ -173,7 +174,7 @@ def test_the_command_serves_until_ctrl_c(tmp_path, url):
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MHC_TUNE_STORAGE": ""}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT), "MHC_TUNE_STORAGE": ""}
     command = [sys.executable, "-m", "tuner.cli", "dashboard", "--port", str(port)]
     child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.conftest import python_path
+
 PARENT = """
 import os, sys, time
 from tests.tuner.test_orphan import say_and_stay_busy
@@ -26,7 +28,7 @@ def test_a_busy_worker_ends_with_its_parent(tmp_path):
     log = tmp_path / "log"
     root = Path(__file__).resolve().parents[2]
     code = PARENT.replace("WorkerPool(1)", f"WorkerPool(1, log=__import__('pathlib').Path({str(log)!r}))")
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": python_path(root)})
     try:
         deadline = time.monotonic() + 60
         while not (log.exists() and log.read_text().endswith("\n")):

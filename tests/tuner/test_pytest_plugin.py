@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import python_path
 from tuner import latency_baseline, latency_fixture, modelfile, timing
 from tuner.device_state import State, Watch
 from tuner.timing import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": python_path(ROOT)}
 TWO = """
 import kernels
 
