@@ -75,7 +75,7 @@ def tune(
     effort: Annotated[EffortName, typer.Option(help="How hard to look; see tuner/effort.py.")] = EffortName.quick,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search and of the inputs.")] = 0,
     sampler: Annotated[
-        str | None, typer.Option(help="Search: tpe, gp, random, or brute-force for every configuration. Default: tpe.", metavar="NAME")
+        str | None, typer.Option(help="Search: gp, tpe, random, or brute-force for every configuration. Default: gp.", metavar="NAME")
     ] = None,
     storage: Annotated[
         str | None,

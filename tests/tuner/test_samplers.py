@@ -76,7 +76,7 @@ def test_gp_without_its_packages_is_one_line(monkeypatch, package):
 
 
 def test_lists_of_names():
-    assert pick_samplers(None) == ("tpe", "gp", "random", "brute-force")
+    assert pick_samplers(None) == ("gp", "tpe", "random", "brute-force")
     assert pick_samplers("gp, tpe,gp") == ("gp", "tpe")
     for text, said in ((" ,", "--samplers: got no name"), ("tpe,gpp", "did you mean 'gp'")):
         with pytest.raises(TuneError, match=said):
