@@ -11,7 +11,7 @@ import tilelang.language as T
 
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import high, low, padded
-from tl_kernels.whole import MAIN, TOP, lag_of, phi_registers, roles
+from tl_kernels.whole import MAIN, TOP, lag_of, phi_registers, read_after, roles
 
 #: Registers a thread of the product and of the sums where the kernel begins with 128: together 256.
 PRODUCT_REGISTERS, SUMS_REGISTERS = 168, 88
@@ -22,6 +22,7 @@ def apart(p, cfg, load, work, raw):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads, ahead = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"], cfg["ahead"]
     N, lag, step = padded(M, 32), lag_of(cfg), groups * bt
+    summed, totalled = read_after(cfg)
     everyone = threads + 2 * ROLE
     narrow = everyone > 384 and phi_registers(p, cfg) > 64
     counters, room, product, sums, give_u, leave = roles(p, cfg)
@@ -78,8 +79,8 @@ def apart(p, cfg, load, work, raw):
                 T.set_max_nreg(SUMS_REGISTERS, 0)
             for i in T.serial(mine + lag):
                 T.sync_threads(TOP, everyone)
-                if i >= 2 and i < mine + cfg["levels"] + 1:
-                    t1 = ((i - 2) * groups + g) * bt
+                if i >= summed and i < mine + totalled:
+                    t1 = ((i - summed) * groups + g) * bt
                     sums(i, mine, s, g, t1, tokens, epoch, scratch, held_by_sums, total_s, pre_s, alpha, b, parts)
 
         T.sync_threads()

@@ -5,8 +5,9 @@ says when it was written (2^-23 of a partial sum, as much as rounding it): it fl
 words of all blocks at once and reads again only where a bit is old: publishing needs no fence, waiting no flag, a word is one access.
 
 ``scratch`` is zero before the first launch; every launch leaves it so that the next one can go on: a group counts the tiles it ever had in
-its first counter, and the last block to leave moves it. Two launches with one scratch must not overlap. Tiles pass through ``RING`` places:
-a block that publishes tile k + RING has added up tile k + RING - 2, which its peers published after they had added up tile k + RING - 4.
+its first counter, and the last block to leave moves it. Two launches with one scratch must not overlap. Tiles pass through ``ring`` places:
+where a tile is added up d tiles after the main role worked on it, a block that publishes tile k + 2d has added up tile k + d, which its
+peers published after they had added up tile k.
 
 Blocks of a group are neighbours in launch order and groups do not wait for each other, so a launch goes on wherever one group is resident.
 """
@@ -16,38 +17,37 @@ import tilelang.language as T
 from tl_kernels.mma import ACC
 from tl_kernels.spec import ceildiv
 
-RING = 4
 #: Threads of each of the two roles beside the main one: a warpgroup.
 ROLE = 128
 
 
-def scratch_size(G, groups, bt, values):
+def scratch_size(G, groups, bt, values, ring):
     """32-bit words of scratch: the places, then two counters a group."""
-    return groups * RING * G * values * bt + 2 * groups
+    return groups * ring * G * values * bt + 2 * groups
 
 
-def tag(use):
+def tag(use, ring):
     """The lowest bit of a word written at a place's present use."""
-    return T.bitwise_xor(T.bitwise_and(use // RING, T.uint32(1)), T.uint32(1))
+    return T.bitwise_xor(T.bitwise_and(use // ring, T.uint32(1)), T.uint32(1))
 
 
-def meeting(G, groups, bt, values, every):
+def meeting(G, groups, bt, values, every, ring):
     """Macros ``arrive``, ``publish``, ``add_up`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
 
     Every block needs the first ``every - 1`` values and the last; of the others each adds up a share and writes it out. ``use`` numbers the
-    tiles a group ever had; one ``RING`` period of tags is added so that it stays positive.
+    tiles a group ever had; one ``ring`` period of tags is added so that it stays positive.
     """
     few = every * bt
     share = ceildiv((values - every) * bt, G)
     sums = ceildiv(few + share, ROLE) * ROLE
     width = values * bt
-    counters = groups * RING * G * width
+    counters = groups * ring * G * width
 
     def number(epoch, tile):
-        return epoch + T.cast(tile + 2 * RING, "uint32")
+        return epoch + T.cast(tile + 2 * ring, "uint32")
 
     def row(g, use, r):
-        return ((g * RING + T.cast(use % RING, "int32")) * G + r) * width
+        return ((g * ring + T.cast(use % ring, "int32")) * G + r) * width
 
     def place(e, s):
         """Of the e-th word that block s adds up: what every block needs, then its share."""
@@ -59,7 +59,7 @@ def meeting(G, groups, bt, values, every):
 
     @T.macro
     def publish(scratch, g, s, use, at, value):
-        word = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use))
+        word = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring))
         T.atomic_store(scratch[row(g, use, s) + at], word, memory_order="relaxed")
 
     @T.macro
@@ -73,13 +73,13 @@ def meeting(G, groups, bt, values, every):
         for r in T.unroll(G):
             for e in T.Parallel(sums):
                 if mine(e, s):
-                    old[e] = T.bitwise_or(old[e], T.bitwise_xor(words[r, e], tag(use)))
+                    old[e] = T.bitwise_or(old[e], T.bitwise_xor(words[r, e], tag(use, ring)))
         for e in T.Parallel(sums):
             while T.bitwise_and(old[e], T.uint32(1)) != 0:
                 old[e] = T.uint32(0)
                 for r in T.unroll(G):
                     words[r, e] = T.atomic_load(scratch[row(g, use, r) + place(e, s)], memory_order="relaxed")
-                    old[e] = T.bitwise_or(old[e], T.bitwise_xor(words[r, e], tag(use)))
+                    old[e] = T.bitwise_or(old[e], T.bitwise_xor(words[r, e], tag(use, ring)))
         T.clear(total)
         for r in T.unroll(G):
             for e in T.Parallel(sums):

@@ -1,21 +1,22 @@
 """A meeting in two steps (tl_kernels/meeting.py): each block adds up a share of the values of its whole group and publishes the totals, of
 which the others read those they need. Many blocks to a group then read G + G words instead of G times G.
 
-Partial sums stand where ``meeting`` has them, totals behind its counters. Both pass through ``RING`` places: a block that publishes the
-total of tile k has read those of tile k - 1, which its peers published when they had read those of k - 2; and one that publishes a partial
-sum of tile k has read the totals of tile k - 3, for which its peers had read every partial sum of that tile.
+Partial sums stand where ``meeting`` has them, totals behind its counters. Both pass through ``ring`` places. Where totals are read e tiles
+after the partial sums, and these d after the main role's work: a block that publishes the total of tile k has read those of tile k - e,
+which its peers published when they had read those of k - 2e; and one that publishes a partial sum of tile k has read the totals of tile
+k - d - e, for which its peers had read every partial sum of that tile.
 """
 
 import tilelang.language as T
 
-from tl_kernels.meeting import RING, ROLE, scratch_size, tag
+from tl_kernels.meeting import ROLE, scratch_size, tag
 from tl_kernels.mma import ACC
 from tl_kernels.spec import ceildiv
 
 
-def relay_size(G, groups, bt, values):
+def relay_size(G, groups, bt, values, ring):
     """32-bit words of scratch: those of a meeting, then the totals."""
-    return scratch_size(G, groups, bt, values) + groups * RING * values * bt
+    return scratch_size(G, groups, bt, values, ring) + groups * ring * values * bt
 
 
 def share_of(G, bt, values):
@@ -23,7 +24,7 @@ def share_of(G, bt, values):
     return ceildiv(values * bt, G)
 
 
-def relay(G, groups, bt, values, every):
+def relay(G, groups, bt, values, every, ring):
     """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; the shape of the words that a
     block adds up; and macros: ``ask`` for these words, ``add_share`` of them, asking again for those that were not there, and
     ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
@@ -35,10 +36,10 @@ def relay(G, groups, bt, values, every):
     while 2 * lanes * share <= ROLE and lanes < G:
         lanes *= 2
     columns, run = ROLE // lanes, ceildiv(G, lanes)
-    totals = scratch_size(G, groups, bt, values)
+    totals = scratch_size(G, groups, bt, values, ring)
 
     def place(g, use):
-        return g * RING + T.cast(use % RING, "int32")
+        return g * ring + T.cast(use % ring, "int32")
 
     def partial(g, use, r, s, v):
         return (place(g, use) * G + r) * width + s * share + v
@@ -63,14 +64,14 @@ def relay(G, groups, bt, values, every):
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
                 if T.And(there(s, v), lane * run + q < G):
-                    old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use)))
+                    old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use, ring)))
         for lane, v in T.Parallel(lanes, columns):
             while T.bitwise_and(old[lane, v], T.uint32(1)) != 0:
                 old[lane, v] = T.uint32(0)
                 for q in T.unroll(run):
                     if lane * run + q < G:
                         words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
-                        old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use)))
+                        old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use, ring)))
         T.clear(some)
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
@@ -85,7 +86,7 @@ def relay(G, groups, bt, values, every):
                 some[lane, v] += some_s[other, v]
         for lane, v in T.Parallel(lanes, columns):
             if T.And(there(s, v), lane == 0):
-                word = T.bitwise_or(T.bitwise_and(T.reinterpret(some[lane, v], "uint32"), T.uint32(0xFFFFFFFE)), tag(use))
+                word = T.bitwise_or(T.bitwise_and(T.reinterpret(some[lane, v], "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring))
                 T.atomic_store(scratch[totals + place(g, use) * width + s * share + v], word, memory_order="relaxed")
         for lane, v in T.Parallel(lanes, columns):
             at = s * share + v
@@ -97,12 +98,12 @@ def relay(G, groups, bt, values, every):
     def read_totals(scratch, g, use, total_s):
         word = T.alloc_fragment((read,), "uint32")
         for e in T.Parallel(read):
-            word[e] = tag(use)
+            word[e] = tag(use, ring)
             if e < few:
                 at = totals + place(g, use) * width + e + T.if_then_else(e < few - bt, 0, (values - every) * bt)
                 word[e] = T.atomic_load(scratch[at], memory_order="relaxed")
         for e in T.Parallel(read):
-            while T.bitwise_and(T.bitwise_xor(word[e], tag(use)), T.uint32(1)) != 0:
+            while T.bitwise_and(T.bitwise_xor(word[e], tag(use, ring)), T.uint32(1)) != 0:
                 at = totals + place(g, use) * width + e + T.if_then_else(e < few - bt, 0, (values - every) * bt)
                 word[e] = T.atomic_load(scratch[at], memory_order="relaxed")
         for e in T.Parallel(read):

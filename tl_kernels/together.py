@@ -4,7 +4,7 @@ import tilelang.language as T
 
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import high, low, padded
-from tl_kernels.whole import MAIN, PRE, lag_of, roles
+from tl_kernels.whole import MAIN, PRE, lag_of, read_after, roles
 
 
 def together(p, cfg, load, work, raw):
@@ -16,7 +16,7 @@ def together(p, cfg, load, work, raw):
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads, ahead, levels = (cfg[k] for k in ("block_T", "block_C", "groups", "threads", "ahead", "levels"))
-    N, lag, step = padded(M, 32), lag_of(cfg), groups * bt
+    N, lag, step, summed = padded(M, 32), lag_of(cfg), groups * bt, read_after(cfg)[0]
     counters, room, product, sums, give_u, leave = roles(p, cfg)
 
     @T.macro
@@ -67,8 +67,8 @@ def together(p, cfg, load, work, raw):
                 if i >= 1 and i < mine + 1:
                     product(i, s, g, epoch, scratch, phi_s, tiles[0], mean_s, z_NT, z_s)
             else:
-                if i >= 2:
-                    sums(i, mine, s, g, t0 - 2 * step, tokens, epoch, scratch, held_by_sums, total_s, pre_s, alpha, b, parts)
+                if i >= summed:
+                    sums(i, mine, s, g, t0 - summed * step, tokens, epoch, scratch, held_by_sums, total_s, pre_s, alpha, b, parts)
 
         T.sync_threads()
         if tx == 0:

@@ -14,6 +14,9 @@ the tile that is asked for next. With one level that would cost more, since what
 
 With ``phi: "registers"`` every role has a loop of its own and u always comes first, see tl_kernels/apart.py.
 
+Words of the peers are asked for right after they were published, when a peer that is a little behind has not published them yet, and are
+asked for again; ``slack`` is how many tiles later they are read, each time, for room on chip.
+
 Barriers are by hand: those TileLang would put in for shared memory know nothing of the roles and would make them take turns.
 """
 
@@ -39,10 +42,21 @@ def part_of(p, cfg):
     return cfg["threads"] * vector_width(p) // cfg["block_C"]
 
 
+def read_after(cfg):
+    """Tiles between the main role's work on the streams and the sums of the same tile; with two levels, and the totals."""
+    sums = 2 + cfg["slack"]
+    return sums, (sums + 1 + cfg["slack"] if cfg["levels"] == 2 else sums)
+
+
+def ring_of(cfg):
+    """Places that tiles pass through in scratch: twice the first of :func:`read_after`, and as many as the last, in a power of two."""
+    return 4 if cfg["slack"] == 0 else 8
+
+
 def scratch_of(p, cfg):
     """32-bit words of scratch."""
     size = relay_size if cfg["levels"] == 2 else scratch_size
-    return size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1)
+    return size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1, ring_of(cfg))
 
 
 def u_first(cfg):
@@ -52,7 +66,7 @@ def u_first(cfg):
 
 def lag_of(cfg):
     """Tiles between the main role's work on the streams and its u of the same tile."""
-    return cfg["levels"] + (2 if u_first(cfg) else 1)
+    return read_after(cfg)[1] + (1 if u_first(cfg) else 0)
 
 
 def places_of(cfg):
@@ -61,8 +75,8 @@ def places_of(cfg):
 
 
 def buffers_of(cfg):
-    """Tiles of the streams on chip."""
-    return cfg["ahead"] + 2 + cfg["levels"]
+    """Tiles of the streams on chip. Where u comes first, its tile makes room for the next."""
+    return cfg["ahead"] + lag_of(cfg) + (0 if u_first(cfg) else 1)
 
 
 def row_layouts(p, cfg):
@@ -86,9 +100,11 @@ def roles(p, cfg):
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
     N, part, lag, buffers = padded(M, 32), part_of(p, cfg), lag_of(cfg), buffers_of(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
-    count, counters, number, publish, add_up, write_out, leave = meeting(group_of(p, cfg), groups, bt, M + 1, n + 1)
+    summed, totalled = read_after(cfg)
+    sizes = (group_of(p, cfg), groups, bt, M + 1, n + 1, ring_of(cfg))
+    count, counters, number, publish, add_up, write_out, leave = meeting(*sizes)
     if cfg["levels"] == 2:
-        count, run, lanes, columns, ask, add_share, read_totals = relay(group_of(p, cfg), groups, bt, M + 1, n + 1)
+        count, run, lanes, columns, ask, add_share, read_totals = relay(*sizes)
 
     @T.macro
     def room():
@@ -141,7 +157,7 @@ def roles(p, cfg):
     @T.macro
     def sums(i, mine, s, g, t0, tokens, epoch, scratch, held, total_s, pre_s, alpha, b, parts):
         words, old, total = held
-        add_up(scratch, g, s, number(epoch, i - 2), words, old, total)
+        add_up(scratch, g, s, number(epoch, i - summed), words, old, total)
         for e in T.Parallel(count):
             total_s[e] = total[e]
         put_pre(i % places_of(cfg), total_s, pre_s, alpha, b)
@@ -152,13 +168,13 @@ def roles(p, cfg):
     @T.macro
     def relayed(i, mine, s, g, t0, tokens, epoch, scratch, held, total_s, pre_s, alpha, b, parts):
         words = T.alloc_fragment((run, lanes, columns), "uint32")
-        if i < mine + 2:
-            ask(scratch, g, s, number(epoch, i - 2), words)
-        if i >= 3 and i < mine + 3:
-            read_totals(scratch, g, number(epoch, i - 3), total_s)
+        if i < mine + summed:
+            ask(scratch, g, s, number(epoch, i - summed), words)
+        if i >= totalled and i < mine + totalled:
+            read_totals(scratch, g, number(epoch, i - totalled), total_s)
             put_pre(i % 2, total_s, pre_s, alpha, b)
-        if i < mine + 2:
-            add_share(scratch, g, s, number(epoch, i - 2), t0, tokens, words, parts)
+        if i < mine + summed:
+            add_share(scratch, g, s, number(epoch, i - summed), t0, tokens, words, parts)
 
     return counters, room, product, (sums if cfg["levels"] == 1 else relayed), give_u, leave
 
@@ -209,7 +225,7 @@ def default(p):
     bc = 64 if p.C <= 1024 else 128 if p.C <= 90 * 128 else 256
     groups = max(1, 132 // ceildiv(p.C, bc))
     cfgs = [
-        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": 1, "levels": 1, "phi": "shared"}
+        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": 1, "levels": 1, "phi": "shared", "slack": 0}
         for bt, threads in ((32, 256), (16, 128))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
@@ -217,24 +233,26 @@ def default(p):
 
 #: What a search begins with, the best of each shape first (results/h100/tune.json, designs.txt).
 SEEDS = tuple(
-    {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": ahead, "levels": levels, "phi": phi}
-    for bt, bc, groups, threads, ahead, levels, phi in (
-        (32, 128, 6, 256, 1, 1, "shared"),
-        (16, 128, 4, 128, 2, 2, "shared"),
-        (16, 128, 4, 256, 2, 2, "shared"),
-        (16, 128, 2, 256, 2, 2, "shared"),
-        (16, 128, 2, 128, 2, 2, "shared"),
-        (16, 128, 6, 256, 2, 1, "shared"),
-        (16, 128, 4, 128, 1, 1, "shared"),
-        (32, 128, 4, 256, 1, 1, "shared"),
-        (16, 256, 4, 256, 2, 1, "shared"),
-        (16, 128, 6, 128, 2, 2, "shared"),
-        (32, 128, 6, 128, 2, 1, "registers"),
-        (32, 128, 6, 256, 2, 1, "registers"),
-        (16, 128, 4, 128, 3, 2, "registers"),
-        (16, 128, 2, 128, 3, 2, "registers"),
-        (16, 128, 4, 256, 3, 2, "registers"),
-        (16, 128, 2, 256, 3, 2, "registers"),
+    dict(zip(("block_T", "block_C", "groups", "threads", "ahead", "levels", "phi", "slack"), values, strict=True))
+    for values in (
+        (32, 128, 6, 256, 1, 1, "shared", 0),
+        (16, 128, 4, 128, 2, 2, "shared", 0),
+        (16, 128, 2, 256, 2, 2, "shared", 0),
+        (16, 128, 4, 128, 2, 2, "shared", 1),
+        (16, 128, 2, 256, 2, 2, "shared", 1),
+        (16, 128, 6, 256, 2, 2, "shared", 1),
+        (32, 128, 6, 256, 1, 1, "registers", 1),
+        (32, 128, 6, 256, 2, 1, "registers", 1),
+        (16, 128, 4, 256, 3, 2, "registers", 1),
+        (16, 128, 2, 256, 3, 2, "registers", 1),
+        (32, 128, 4, 256, 1, 1, "registers", 1),
+        (16, 128, 6, 256, 2, 1, "shared", 1),
+        (16, 128, 6, 256, 3, 2, "registers", 1),
+        (16, 128, 2, 128, 2, 2, "shared", 1),
+        (16, 128, 2, 128, 2, 2, "shared", 0),
+        (16, 128, 2, 256, 3, 2, "registers", 0),
+        (16, 128, 4, 256, 3, 2, "registers", 0),
+        (16, 128, 6, 256, 2, 1, "shared", 0),
     )
 )
 
@@ -248,6 +266,7 @@ def space(p):
         "ahead": (1, 2, 3),
         "levels": (1, 2),
         "phi": ("shared", "registers"),
+        "slack": (0, 1),
     }
 
 

@@ -7,15 +7,16 @@ from tests.tl_kernels.checks import check, launcher
 from tl_kernels import KERNELS, WHOLE
 from tl_kernels.cpu import available, compile_cpu
 from tl_kernels.launch import Launcher
-from tl_kernels.meeting import RING, scratch_size
+from tl_kernels.meeting import scratch_size
 from tl_kernels.whole import group_of
 from tuner import gate
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
-SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "phi": "shared"}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "phi": "shared", "slack": 0}
 RELAY = {"levels": 2, "groups": 2}
 APART = {"phi": "registers"}
+SLACK = {"slack": 1}
 CPU = (
     (4, 64, {"groups": 2}),
     (4, 136, {}),
@@ -24,6 +25,8 @@ CPU = (
     (1, 136, {**RELAY, "ahead": 2}),
     (4, 136, APART),
     (4, 264, {**RELAY, **APART, "ahead": 3}),
+    (4, 264, {**RELAY, **SLACK}),
+    (4, 136, {**APART, **SLACK, "groups": 2}),
 )
 WIDE = {**SMALL, "block_C": 128, "threads": 256}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
@@ -38,6 +41,9 @@ GPU += (
     (4, 2560, {**WIDE, **APART, "block_T": 32, "groups": 6, "threads": 128, "ahead": 2}),
     (4, 2560, {**WIDE, **APART, "block_T": 32, "groups": 6, "ahead": 2}),
     (4, 7168, {**WIDE, **APART, "groups": 2, "ahead": 3, "levels": 2}),
+    (4, 2560, {**WIDE, **APART, **SLACK, "block_T": 32, "groups": 6}),
+    (4, 4096, {**WIDE, **SLACK, "groups": 4, "threads": 128, "ahead": 2, "levels": 2}),
+    (4, 7168, {**WIDE, **APART, **SLACK, "groups": 2, "ahead": 3, "levels": 2}),
     (4, 7168, None),
     (4, 4096, None),
     (3, 1280, None),
@@ -55,7 +61,7 @@ CASES += [
         n,
         C,
         cfg,
-        id=f"{name}-cuda-n{n}-C{C}-{'default' if cfg is None else '-'.join(str(cfg[k]) for k in ('block_T', 'threads', 'levels', 'phi'))}",
+        id=f"{name}-cuda-n{n}-C{C}-{'default' if cfg is None else '-'.join(str(cfg[k]) for k in ('block_T', 'threads', 'levels', 'phi', 'slack'))}",
         marks=pytest.mark.gpu,
     )
     for name in WHOLE
@@ -69,12 +75,13 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize(("levels", "phi"), [(1, "shared"), (2, "shared"), (2, "registers")])
+@pytest.mark.parametrize(("levels", "phi", "slack"), [(1, "shared", 0), (2, "shared", 0), (2, "registers", 0), (2, "registers", 1)])
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
-def test_roles_in_every_order_their_barriers_allow(name, order, levels, phi):
+def test_roles_in_every_order_their_barriers_allow(name, order, levels, phi, slack):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]
-    p, cfg = kernel.problem(4, 136 if levels == 1 else 264), {**SMALL, "levels": levels, "phi": phi, "block_C": 128 if levels == 1 else 64}
+    p = kernel.problem(4, 136 if levels == 1 else 264)
+    cfg = {**SMALL, "levels": levels, "phi": phi, "slack": slack, "block_C": 128 if levels == 1 else 64}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
@@ -83,12 +90,13 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, phi):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("slack", [0, 1])
 @pytest.mark.parametrize("phi", ["shared", "registers"])
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("name", WHOLE)
-def test_many_launches_of_many_lengths_with_one_scratch(name, levels, phi):
+def test_many_launches_of_many_lengths_with_one_scratch(name, levels, phi, slack):
     """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
-    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "phi": phi})
+    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "phi": phi, "slack": slack})
     inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in (1, 15, 16, 17, 95, 96, 97, 500)}
     first = {T: run(*inputs[T]) for T in inputs}
     for _ in range(20):
@@ -166,5 +174,6 @@ def test_scratch_is_the_places_and_the_counters(name):
     p = kernel.problem(4, 2560)
     cfg = {**SMALL, "block_C": 128, "groups": 6}
     assert group_of(p, cfg) == 20
-    assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25) == 6 * RING * 20 * 25 * 16 + 12
-    assert kernel.scratch(p, {**cfg, "levels": 2}) == 6 * RING * 21 * 25 * 16 + 12  # and the totals
+    assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25, 4) == 6 * 4 * 20 * 25 * 16 + 12
+    assert kernel.scratch(p, {**cfg, "levels": 2}) == 6 * 4 * 21 * 25 * 16 + 12  # and the totals
+    assert kernel.scratch(p, {**cfg, "slack": 1}) == 6 * 8 * 20 * 25 * 16 + 12
