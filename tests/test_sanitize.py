@@ -3,6 +3,7 @@
 import pytest
 
 from tests import sanitize
+from tl_kernels import KERNELS
 from tl_kernels.cpu import available
 
 
@@ -10,6 +11,17 @@ from tl_kernels.cpu import available
 def test_launches_the_programs_of_a_profile(capsys):
     assert sanitize.main(["post_res_project", "--profile", "cpu", "--device", "cpu", "--tokens", "1,3"]) == 0
     assert "ran 2 launches of 1 programs" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
+def test_launches_what_a_search_begins_with(capsys):
+    seeds = [
+        c
+        for c in KERNELS["post_res_project"].seeds
+        if KERNELS["post_res_project"].invalid(KERNELS["post_res_project"].problem(4, 128), c) is None
+    ]
+    assert sanitize.main(["post_res_project", "--seeds", "--device", "cpu", "--C", "128", "--tokens", "3"]) == 0
+    assert f"ran {len(seeds)} launches of {len(seeds)} programs" in capsys.readouterr().out
 
 
 def test_nothing_to_launch_is_a_failure(capsys):

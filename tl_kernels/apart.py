@@ -3,18 +3,15 @@
 The product holds its slice of phi there, high and low: 128 registers a thread for 512 channels. From shared memory it would be read again
 for every tile, four times the bytes of the tile at 16 tokens, and take 64 KiB of room for tiles on their way.
 
-The roles begin every tile together, as in one loop, and u comes first. With two warpgroups in the main role a thread has 128 registers to
-begin with; the product takes some of those that the sums can spare.
+The roles begin every tile together, as in one loop, and u comes first. The product takes registers that the sums can spare, so many that
+its multiplications follow each other: with fewer, nvcc makes each wait for the one before (C7512), four times as long.
 """
 
 import tilelang.language as T
 
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import high, low, padded
-from tl_kernels.whole import MAIN, TOP, lag_of, phi_registers, read_after, roles
-
-#: Registers a thread of the product and of the sums where the kernel begins with 128: together 256.
-PRODUCT_REGISTERS, SUMS_REGISTERS = 168, 88
+from tl_kernels.whole import MAIN, TOP, lag_of, read_after, registers_of, roles
 
 
 def apart(p, cfg, load, work, raw):
@@ -24,7 +21,7 @@ def apart(p, cfg, load, work, raw):
     N, lag, step = padded(M, 32), lag_of(cfg), groups * bt
     summed, totalled = read_after(cfg)
     everyone = threads + 2 * ROLE
-    narrow = everyone > 384 and phi_registers(p, cfg) > 64
+    registers = registers_of(p, cfg)
     counters, room, product, sums, give_u, leave = roles(p, cfg)
 
     @T.macro
@@ -67,16 +64,16 @@ def apart(p, cfg, load, work, raw):
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, mean_s, outs[2:])
         elif tx < threads + ROLE:
-            if narrow:
-                T.set_max_nreg(PRODUCT_REGISTERS, 1)
+            if registers:
+                T.set_max_nreg(registers[0], 1)
             fill(c0, phi, phi_f)
             for i in T.serial(mine + lag):
                 T.sync_threads(TOP, everyone)
                 if i >= 1 and i < mine + 1:
                     product(i, s, g, epoch, scratch, phi_f, tiles[0], mean_s, z_NT, z_s)
         else:
-            if narrow:
-                T.set_max_nreg(SUMS_REGISTERS, 0)
+            if registers:
+                T.set_max_nreg(registers[1], 0)
             for i in T.serial(mine + lag):
                 T.sync_threads(TOP, everyone)
                 if i >= summed and i < mine + totalled:

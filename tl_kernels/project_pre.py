@@ -3,6 +3,8 @@
 How, see tl_kernels/whole.py: the main role sums the squares of tile i and makes u of an earlier one.
 """
 
+from functools import partial
+
 import tilelang.language as T
 
 from tl_kernels import reference
@@ -73,7 +75,7 @@ project_pre = Kernel(
     outputs=(Tensor("u", "T C", "stream"), Tensor("parts", "1 Q T")),
     space=space,
     default=default,
-    invalid=invalid,
+    invalid=partial(invalid, mixes=False),
     unserved=unserved,
     least_arch=90,
     scratch=scratch_of,

@@ -48,6 +48,7 @@ class Fingerprint(_Strict):
     atomics: Count
     barriers: Count
     mma: Annotated[dict[str, Count], Field(description="by opcode with shape and types")]
+    mma_waits: Annotated[Count, Field(description="waits for wgmma")]
     nvcc: Annotated[str, Field(description="release that made the machine code, as the image says")]
     tilelang: str
 

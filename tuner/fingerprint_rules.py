@@ -124,7 +124,11 @@ def _matrix(was: Fingerprint, now: Fingerprint) -> list[Finding]:
     # wgmma, mma.sync and their shapes differ by factors in rate; which way a change goes only a clock can say
     if set(was.mma) != set(now.mma):
         return [Finding("regressed", f"matrix instructions {_kinds(was)} -> {_kinds(now)}")]
-    return [Finding("noted", f"{kind} {was.mma[kind]} -> {now.mma[kind]}") for kind in was.mma if was.mma[kind] != now.mma[kind]]
+    counts = [Finding("noted", f"{kind} {was.mma[kind]} -> {now.mma[kind]}") for kind in was.mma if was.mma[kind] != now.mma[kind]]
+    if sum(was.mma.values()) * now.mma_waits > sum(now.mma.values()) * was.mma_waits:
+        of = " of {} -> {}".format(*(sum(f.mma.values()) for f in (was, now)))
+        return [Finding("regressed", f"matrix instructions waited for {was.mma_waits} -> {now.mma_waits}{of}"), *counts]
+    return counts
 
 
 def _kinds(f: Fingerprint) -> str:

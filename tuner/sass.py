@@ -51,6 +51,8 @@ class Mix:
     barriers: int = 0
     #: By opcode with shape and types: ``HGMMA.64x32x16.F32.BF16`` is a wgmma, ``HMMA.16816.F32.BF16`` an mma.sync.
     mma: dict[str, int] = field(default_factory=dict)
+    #: Waits for wgmma. One after each means that nvcc took them apart (C7512: too few registers), several times as slow.
+    mma_waits: int = 0
 
 
 _COUNTED = {
@@ -84,7 +86,9 @@ def count(text: str) -> Mix:
         where = _BY_WIDTH.get(head)
         if head == "UBLKCP":  # .S.G: to shared from global memory
             where = "copies" if rest[:1] == ["S"] else "stores"
-        if head in _COUNTED:
+        if head == "WARPGROUP" and rest[:1] == ["DEPBAR"]:
+            mix.mma_waits += times
+        elif head in _COUNTED:
             setattr(mix, _COUNTED[head], getattr(mix, _COUNTED[head]) + times)
         elif where is not None:
             widths = getattr(mix, where)

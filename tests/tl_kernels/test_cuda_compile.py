@@ -10,6 +10,7 @@ import pytest
 from tl_kernels import KERNELS, NAMES, WHOLE
 from tl_kernels.launch import compile_kernel
 from tl_kernels.spec import SHARED_LIMIT
+from tuner.fingerprint import fingerprint
 
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
@@ -55,14 +56,23 @@ def test_tf32_path_compiles(name, dtype):
 
 
 @nvcc
-def test_the_product_reads_phi_from_registers():
+@pytest.mark.parametrize(("block_T", "registers"), [(16, (168, 88)), (32, (184, 72))])
+def test_the_product_reads_phi_from_registers(block_T, registers):
     kernel = KERNELS["project_pre"]
     p = kernel.problem(4, 2560)
-    seed = next(seed for seed in kernel.seeds if seed["phi"] == "registers" and seed["threads"] == 256)
+    seed = next(s for s in kernel.seeds if (s["phi"], s["threads"], s["block_T"]) == ("registers", 256, block_T))
     assert kernel.invalid(p, seed) is None
     source = compile_kernel(kernel, p, dict(seed), "sm_90a").get_kernel_source()
     assert "wgmma_rs" in source
-    assert source.count("warpgroup_reg_alloc<168>") == source.count("warpgroup_reg_dealloc<88>") == 1
+    # every read of phi stays within it, whatever becomes of what is read
+    loads = [line for line in source.splitlines() if "(phi + " in line or " phi[" in line]
+    assert loads
+    assert all("min(" in line for line in loads)
+    more, fewer = registers
+    assert source.count(f"warpgroup_reg_alloc<{more}>") == source.count(f"warpgroup_reg_dealloc<{fewer}>") == 1
+    found = fingerprint(kernel, p, dict(seed), "sm_90a")
+    assert found.mma_waits == 1, "with too few registers nvcc makes every wgmma wait for the one before (C7512)"
+    assert found.stack <= 384
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WHOLE])

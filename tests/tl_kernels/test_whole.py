@@ -54,6 +54,7 @@ CASES = [
     for name in WHOLE
     for n, C, cfg in (FEW if name == "project_pre" else CPU)
 ]
+NAMED = ("block_T", "threads", "levels", "phi", "slack")
 CASES += [
     pytest.param(
         name,
@@ -61,7 +62,7 @@ CASES += [
         n,
         C,
         cfg,
-        id=f"{name}-cuda-n{n}-C{C}-{'default' if cfg is None else '-'.join(str(cfg[k]) for k in ('block_T', 'threads', 'levels', 'phi', 'slack'))}",
+        id=f"{name}-cuda-n{n}-C{C}-{'-'.join(str(cfg[k]) for k in NAMED) if cfg else 'default'}",
         marks=pytest.mark.gpu,
     )
     for name in WHOLE

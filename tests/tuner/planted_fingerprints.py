@@ -22,6 +22,7 @@ FIELDS = {
     "atomics": 0,
     "barriers": 1,
     "mma": {"HGMMA.64x32x16.F32.BF16": 4},
+    "mma_waits": 1,
     "nvcc": "13.0.88",
     "tilelang": "0.1.15",
 }

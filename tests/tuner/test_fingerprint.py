@@ -51,14 +51,16 @@ SASS = """
         /*0160*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
         /*0170*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
         /*0180*/                   HFMA2.MMA R4, -RZ, RZ, 0, 0 ;
-        /*0190*/                   EXIT ;
+        /*0190*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*01a0*/                   WARPGROUP.ARRIVE ;
+        /*01b0*/                   EXIT ;
 .L_x_1:
 """
 
 
 def test_instructions_are_counted_by_width_and_kind():
     mix = count(SASS)
-    assert mix.code == 26 * 16
+    assert mix.code == 28 * 16
     assert mix.loads == {"16": 1, "8": 1, "4": 2, "2": 1, "32": 1}
     assert mix.stores == {"1": 1, "bulk": 1}
     assert mix.copies == {"16": 1, "bulk": 2}
@@ -66,6 +68,7 @@ def test_instructions_are_counted_by_width_and_kind():
     assert mix.shared_stores == {"2": 1}
     assert (mix.local_loads, mix.local_stores, mix.barriers, mix.atomics) == (1, 1, 1, 1)
     assert mix.mma == {"HGMMA.64x32x16.F32.BF16": 1, "HMMA.16816.F32.BF16": 2}
+    assert mix.mma_waits == 1
 
 
 #: 12 blocks of 128 threads fit on a multiprocessor of sm_90a with 40 registers each.
@@ -90,6 +93,8 @@ PLAIN = Fingerprint(**planted_fingerprints.FIELDS)
         ({"atomics": 1}, "regressed", "global atomics 0 -> 1"),
         ({"mma": {"HMMA.16816.F32.BF16": 4}}, "regressed", "matrix instructions HGMMA.64x32x16.F32.BF16 -> HMMA.16816.F32.BF16"),
         ({"mma": {"HGMMA.64x32x16.F32.BF16": 8}}, "noted", "HGMMA.64x32x16.F32.BF16 4 -> 8"),
+        ({"mma": {"HGMMA.64x32x16.F32.BF16": 8}, "mma_waits": 2}, "noted", "HGMMA.64x32x16.F32.BF16 4 -> 8"),
+        ({"mma_waits": 4}, "regressed", "matrix instructions waited for 1 -> 4 of 4 -> 4"),
         ({"shared": 4096}, "regressed", "shared memory 0 -> 4096 bytes a block"),
         ({"registers": 41}, "regressed", "occupancy 75.0% -> 62.5% (40 -> 41 registers"),
         ({"registers": 39}, "noted", "registers 40 -> 39, as many blocks fit"),
