@@ -67,7 +67,7 @@ def test_a_rival_without_a_chain_says_so():
 
 @pytest.mark.slow
 def test_the_compiled_rival_is_the_specification():
-    for T in (1, 6, 300):  # each has its own way to be compiled
+    for T in (1, 300):  # each has its own way to be compiled
         entrant = Entrant(replace(TINY, rival="compile", T=T), CLOCK)
         assert not entrant.row["failures"]
         assert max(entrant.row["errors"].values()) < 1e-5
