@@ -64,7 +64,7 @@ def apart(p, cfg, load, work, raw):
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, mean_s, outs[2:])
         elif tx < threads + ROLE:
-            if registers:
+            if registers is not None:
                 T.set_max_nreg(registers[0], 1)
             fill(c0, phi, phi_f)
             for i in T.serial(mine + lag):
@@ -72,7 +72,7 @@ def apart(p, cfg, load, work, raw):
                 if i >= 1 and i < mine + 1:
                     product(i, s, g, epoch, scratch, phi_f, tiles[0], mean_s, z_NT, z_s)
         else:
-            if registers:
+            if registers is not None:
                 T.set_max_nreg(registers[1], 0)
             for i in T.serial(mine + lag):
                 T.sync_threads(TOP, everyone)
