@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tl_kernels.spec import Config
 from tuner.claims import CONFIG, CONFIRM, Claims, Row
 from tuner.errors import TuneError
-from tuner.samplers import make_sampler
+from tuner.samplers import DEFAULT_SAMPLER, make_sampler
 from tuner.space import MAX_LISTED, Space
 from tuner.store import Store
 from tuner.task import FAILED, INFEASIBLE, STATIC_RUNGS, TIMED, Result, Task, config_key
@@ -56,7 +56,7 @@ class Search:
         trials: int,
         seed: int,
         hints: Callable[[], Iterable[dict[str, Any]]] = lambda: (),
-        sampler: str = "tpe",
+        sampler: str = DEFAULT_SAMPLER,
         known: Callable[[str], Result | None] = lambda key: None,
     ) -> None:
         self.task = task

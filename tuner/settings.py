@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tuner.effort import Effort
 from tuner.hardware import Hardware
+from tuner.samplers import DEFAULT_SAMPLER
 from tuner.task import Order, Task
 
 
@@ -22,7 +23,7 @@ class Settings:
     jobs: int
     command: str
     log: Path | None = None
-    sampler: str = "tpe"
+    sampler: str = DEFAULT_SAMPLER
     search_seed: int | None = None
 
     def order(self, task: Task) -> Order:
