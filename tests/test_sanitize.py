@@ -15,11 +15,9 @@ def test_launches_the_programs_of_a_profile(capsys):
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
 def test_launches_what_a_search_begins_with(capsys):
-    seeds = [
-        c
-        for c in KERNELS["post_res_project"].seeds
-        if KERNELS["post_res_project"].invalid(KERNELS["post_res_project"].problem(4, 128), c) is None
-    ]
+    kernel = KERNELS["post_res_project"]
+    p = kernel.problem(4, 128)
+    seeds = [cfg for cfg in kernel.seeds if kernel.invalid(p, cfg) is None]
     assert sanitize.main(["post_res_project", "--seeds", "--device", "cpu", "--C", "128", "--tokens", "3"]) == 0
     assert f"ran {len(seeds)} launches of {len(seeds)} programs" in capsys.readouterr().out
 

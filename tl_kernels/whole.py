@@ -205,9 +205,8 @@ def shared_bytes(p, cfg, mixes):
     phi = 2 * padded(p.M, 32) * p.n * cfg["block_C"] if cfg["phi"] == "shared" else 0
     bt, kb, N, staged = cfg["block_T"], p.n * cfg["block_C"], padded(p.M, 32), cfg["ahead"] + 1
     beside = staged * bt * (cfg["block_C"] * p.itemsize + 4 * (p.n + p.n * p.n)) if mixes else 0
-    return (
-        (buffers_of(cfg) * bt * kb + phi) * p.itemsize + beside + 4 * (bt * (places_of(cfg) * p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE) + 1024
-    )
+    small = bt * (places_of(cfg) * p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE
+    return (buffers_of(cfg) * bt * kb + phi) * p.itemsize + beside + 4 * small + 1024
 
 
 def invalid(p, cfg, mixes=True):

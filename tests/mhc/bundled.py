@@ -41,7 +41,7 @@ def write_profile(path: Path, kernels: Iterable[str], C: int, gpu: str, arch: st
 
 def start(bundle: Path, profile: Path, device: str, what: str, C: int, cache: Path, path: str, processes: int = 1) -> subprocess.Popen[str]:
     """A process that runs from ``bundle``, or forks some that do, with PATH ``path`` and TileLang's cache at ``cache``."""
-    from tests.conftest import python_path
+    from tests.conftest import python_path  # not for the process that is started: it imports little
 
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "NVCC", "CXX", "CC")}
     env |= {"PATH": path, "PYTHONPATH": python_path(ROOT), "TILELANG_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
