@@ -11,7 +11,7 @@ import tilelang.language as T
 
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import high, low, padded
-from tl_kernels.whole import MAIN, TOP, lag_of, read_after, registers_of, roles
+from tl_kernels.whole import PHI, TOP, lag_of, read_after, registers_of, roles
 
 
 def apart(p, cfg, load, work, raw):
@@ -25,13 +25,21 @@ def apart(p, cfg, load, work, raw):
     counters, room, product, sums, give_u, leave = roles(p, cfg)
 
     @T.macro
-    def fill(c0, phi, phi_f):
+    def stage(c0, phi, x_s):
+        """phi's slice into places of the streams that no tile has yet: row by row its high parts, then its low ones."""
         for j in T.unroll(n):
-            for m, c in T.Parallel(2 * N, bc):
-                # no condition: rows beyond phi's give sums that nobody reads, channels beyond the streams' meet zeros. Under one, TileLang
-                # takes the T.min out and the load before the condition: 320 KB behind phi
-                value = phi[T.min(m % N, M - 1), T.min(j * C + c0 + c, K - 1)]
-                phi_f[m, j * bc + c] = T.if_then_else(m < N, high(value, dtype), low(value, dtype))
+            for m, c in T.Parallel(M, bc):
+                # no condition: channels beyond the streams' meet zeros. Under one, TileLang takes the T.min out and loads before the condition
+                value = phi[m, T.min(j * C + c0 + c, K - 1)]
+                x_s[ahead + m // bt, m % bt, j * bc + c] = high(value, dtype)
+                x_s[ahead + (M + m) // bt, (M + m) % bt, j * bc + c] = low(value, dtype)
+
+    @T.macro
+    def fill(x_s, phi_f):
+        for r, k in T.Parallel(2 * N, n * bc):
+            # rows beyond phi's give sums that nobody reads
+            at = T.min(r // 16 * 8 + r % 8, M - 1) + T.if_then_else(r % 16 < 8, 0, M)
+            phi_f[r, k] = x_s[ahead + at // bt, at % bt, k]
 
     @T.macro
     def run(block, tokens, tensors, weights, outs, scratch, tiles, held, x_f, u_f):
@@ -39,10 +47,13 @@ def apart(p, cfg, load, work, raw):
         phi, alpha, b = weights
         u, parts = outs[0], outs[1]
         phi_f = T.alloc_fragment((2 * N, n * bc), dtype)
-        z_s, z_NT, mean_s, total_s, pre_s, held_by_sums = room()
+        z_NT, mean_s, total_s, pre_s, held_by_sums = room()
         epoch = T.alloc_var("uint32")
         epoch = scratch[counters + 2 * g]
         mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
+        if tx >= threads:
+            stage(c0, phi, tiles[0])
+            T.sync_threads(PHI, 2 * ROLE)
         if tx < threads:
             for i in T.unroll(ahead):
                 if i < mine:
@@ -56,21 +67,20 @@ def apart(p, cfg, load, work, raw):
                 if raw:
                     T.fence_proxy_async()
                 T.sync_threads(TOP, everyone)
+                if i + ahead < mine:
+                    load(i + ahead, t0 + ahead * step, c0, tensors, tiles)
                 if i >= lag:
                     give_u(i, (i - 1) % 2, t0 - lag * step, tokens, c0, tiles[0], pre_s, x_f, u_f, u)
-                if i + ahead < mine:
-                    T.sync_threads(MAIN, threads)
-                    load(i + ahead, t0 + ahead * step, c0, tensors, tiles)
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, mean_s, outs[2:])
         elif tx < threads + ROLE:
             if registers is not None:
                 T.set_max_nreg(registers[0], 1)
-            fill(c0, phi, phi_f)
+            fill(tiles[0], phi_f)
             for i in T.serial(mine + lag):
                 T.sync_threads(TOP, everyone)
                 if i >= 1 and i < mine + 1:
-                    product(i, s, g, epoch, scratch, phi_f, tiles[0], mean_s, z_NT, z_s)
+                    product(i, s, g, epoch, scratch, phi_f, tiles[0], mean_s, z_NT)
         else:
             if registers is not None:
                 T.set_max_nreg(registers[1], 0)

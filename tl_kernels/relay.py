@@ -42,7 +42,12 @@ def relay(G, groups, bt, values, every, ring):
         return g * ring + T.cast(use % ring, "int32")
 
     def partial(g, use, r, s, v):
-        return (place(g, use) * G + r) * width + s * share + v
+        """Of the v-th value of block s as block r published it; any word where there is none, so that a load has no condition."""
+        return (place(g, use) * G + T.min(r, G - 1)) * width + T.min(s * share + v, width - 1)
+
+    def total(g, use, e):
+        at = T.min(e, few - 1)
+        return totals + place(g, use) * width + at + T.if_then_else(at < few - bt, 0, (values - every) * bt)
 
     def there(s, v):
         """Whether block s has a v-th value: the last shares may stick out."""
@@ -52,8 +57,7 @@ def relay(G, groups, bt, values, every, ring):
     def ask(scratch, g, s, use, words):
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
-                if T.And(there(s, v), lane * run + q < G):
-                    words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
+                words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
 
     @T.macro
     def add_share(scratch, g, s, use, t0, tokens, words, out):
@@ -63,19 +67,17 @@ def relay(G, groups, bt, values, every, ring):
         T.clear(old)
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
-                if T.And(there(s, v), lane * run + q < G):
-                    old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use, ring)))
+                old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use, ring)))
         for lane, v in T.Parallel(lanes, columns):
             while T.bitwise_and(old[lane, v], T.uint32(1)) != 0:
                 old[lane, v] = T.uint32(0)
                 for q in T.unroll(run):
-                    if lane * run + q < G:
-                        words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
-                        old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use, ring)))
+                    words[q, lane, v] = T.atomic_load(scratch[partial(g, use, lane * run + q, s, v)], memory_order="relaxed")
+                    old[lane, v] = T.bitwise_or(old[lane, v], T.bitwise_xor(words[q, lane, v], tag(use, ring)))
         T.clear(some)
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
-                if T.And(there(s, v), lane * run + q < G):
+                if lane * run + q < G:
                     some[lane, v] += T.reinterpret(T.bitwise_and(words[q, lane, v], T.uint32(0xFFFFFFFE)), ACC)
         for lane, v in T.Parallel(lanes, columns):
             some_s[lane, v] = some[lane, v]
@@ -98,14 +100,10 @@ def relay(G, groups, bt, values, every, ring):
     def read_totals(scratch, g, use, total_s):
         word = T.alloc_fragment((read,), "uint32")
         for e in T.Parallel(read):
-            word[e] = tag(use, ring)
-            if e < few:
-                at = totals + place(g, use) * width + e + T.if_then_else(e < few - bt, 0, (values - every) * bt)
-                word[e] = T.atomic_load(scratch[at], memory_order="relaxed")
+            word[e] = T.atomic_load(scratch[total(g, use, e)], memory_order="relaxed")
         for e in T.Parallel(read):
             while T.bitwise_and(T.bitwise_xor(word[e], tag(use, ring)), T.uint32(1)) != 0:
-                at = totals + place(g, use) * width + e + T.if_then_else(e < few - bt, 0, (values - every) * bt)
-                word[e] = T.atomic_load(scratch[at], memory_order="relaxed")
+                word[e] = T.atomic_load(scratch[total(g, use, e)], memory_order="relaxed")
         for e in T.Parallel(read):
             total_s[e] = T.reinterpret(T.bitwise_and(word[e], T.uint32(0xFFFFFFFE)), ACC)
 

@@ -4,7 +4,7 @@ import tilelang.language as T
 
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import high, low, padded
-from tl_kernels.whole import MAIN, PRE, lag_of, read_after, roles
+from tl_kernels.whole import MAIN, PRE, lag_of, operand_row, read_after, roles
 
 
 def together(p, cfg, load, work, raw):
@@ -24,8 +24,8 @@ def together(p, cfg, load, work, raw):
         for j in T.unroll(n):
             for m, c in T.Parallel(N, bc):
                 value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                phi_s[m, j * bc + c] = high(value, dtype)
-                phi_s[N + m, j * bc + c] = low(value, dtype)
+                phi_s[operand_row(m, 0), j * bc + c] = high(value, dtype)
+                phi_s[operand_row(m, 1), j * bc + c] = low(value, dtype)
 
     @T.macro
     def run(block, tokens, tensors, weights, outs, scratch, tiles, held, x_f, u_f):
@@ -33,7 +33,7 @@ def together(p, cfg, load, work, raw):
         phi, alpha, b = weights
         u, parts = outs[0], outs[1]
         phi_s = T.alloc_shared((2 * N, n * bc), dtype)
-        z_s, z_NT, mean_s, total_s, pre_s, held_by_sums = room()
+        z_NT, mean_s, total_s, pre_s, held_by_sums = room()
         epoch = T.alloc_var("uint32")
         epoch = scratch[counters + 2 * g]
         mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
@@ -65,7 +65,7 @@ def together(p, cfg, load, work, raw):
                     give_u(i, 0, t0 - lag * step, tokens, c0, tiles[0], pre_s, x_f, u_f, u)
             elif tx < threads + ROLE:
                 if i >= 1 and i < mine + 1:
-                    product(i, s, g, epoch, scratch, phi_s, tiles[0], mean_s, z_NT, z_s)
+                    product(i, s, g, epoch, scratch, phi_s, tiles[0], mean_s, z_NT)
             else:
                 if i >= summed:
                     sums(i, mine, s, g, t0 - summed * step, tokens, epoch, scratch, held_by_sums, total_s, pre_s, alpha, b, parts)

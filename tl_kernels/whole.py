@@ -29,7 +29,7 @@ from tl_kernels.relay import relay, relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
 #: Named barriers; 0 is T.sync_threads().
-PRODUCT, SUMS, PRE, MAIN, TOP = 1, 2, 3, 5, 6
+PHI, SUMS, PRE, MAIN, TOP = 1, 2, 3, 5, 6
 
 
 def group_of(p, cfg):
@@ -75,8 +75,8 @@ def places_of(cfg):
 
 
 def buffers_of(cfg):
-    """Tiles of the streams on chip. Where u comes first, its tile makes room for the next."""
-    return cfg["ahead"] + lag_of(cfg) + (0 if u_first(cfg) else 1)
+    """Tiles of the streams on chip. With two levels and phi in shared memory there is no room for one more: the tile of u makes place for the next."""
+    return cfg["ahead"] + lag_of(cfg) + (0 if u_first(cfg) and cfg["phi"] == "shared" else 1)
 
 
 def row_layouts(p, cfg):
@@ -108,7 +108,6 @@ def roles(p, cfg):
 
     @T.macro
     def room():
-        z_s = T.alloc_shared((2 * N, bt + 4), ACC)
         mean_s = T.alloc_shared((2, bt), ACC)
         total_s = T.alloc_shared((count,), ACC)
         pre_s = T.alloc_shared((places_of(cfg), bt, n), ACC)
@@ -116,16 +115,19 @@ def roles(p, cfg):
         words = T.alloc_fragment((group_of(p, cfg), count), "uint32")
         old = T.alloc_fragment((count,), "uint32")
         total = T.alloc_fragment((count,), ACC)
-        return z_s, z_NT, mean_s, total_s, pre_s, (words, old, total)
+        return z_NT, mean_s, total_s, pre_s, (words, old, total)
 
     @T.macro
-    def product(i, s, g, epoch, scratch, phi_b, x_s, mean_s, z_NT, z_s):
+    def product(i, s, g, epoch, scratch, phi_b, x_s, mean_s, z_NT):
         T.gemm(phi_b, x_s[(i - 1) % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
-        T.copy(z_NT, z_s[:, 0:bt])
-        T.sync_threads(PRODUCT, ROLE)
-        for m, t in T.Parallel(padded(M, ROLE // bt), bt):
+        z = T.alloc_fragment((N, bt), ACC)
+        for m, t in T.Parallel(N, bt):
+            z[m, t] = z_NT[operand_row(m, 0), t]
+        for m, t in T.Parallel(N, bt):
+            z[m, t] += z_NT[operand_row(m, 1), t]
+        for m, t in T.Parallel(N, bt):
             if m < M:
-                publish(scratch, g, s, number(epoch, i - 1), m * bt + t, z_s[m, t] + z_s[N + m, t])
+                publish(scratch, g, s, number(epoch, i - 1), m * bt + t, z[m, t])
         for t in T.Parallel(bt):
             publish(scratch, g, s, number(epoch, i - 1), M * bt + t, mean_s[(i - 1) % 2, t])
 
@@ -179,6 +181,11 @@ def roles(p, cfg):
     return counters, room, product, (sums if cfg["levels"] == 1 else relayed), give_u, leave
 
 
+def operand_row(m, part):
+    """Where the product's operand has the high (0) or low (1) part of phi's row m. As wgmma deals out rows, a thread has both, and their sums."""
+    return m // 8 * 16 + part * 8 + m % 8
+
+
 def phi_registers(p, cfg):
     """Registers a thread of the product for its slice of phi, high and low."""
     return 2 * padded(p.M, 32) * p.n * cfg["block_C"] // (2 * ROLE)
@@ -205,7 +212,7 @@ def shared_bytes(p, cfg, mixes):
     phi = 2 * padded(p.M, 32) * p.n * cfg["block_C"] if cfg["phi"] == "shared" else 0
     bt, kb, N, staged = cfg["block_T"], p.n * cfg["block_C"], padded(p.M, 32), cfg["ahead"] + 1
     beside = staged * bt * (cfg["block_C"] * p.itemsize + 4 * (p.n + p.n * p.n)) if mixes else 0
-    small = bt * (places_of(cfg) * p.n + 2) + 2 * N * (bt + 4) + 3 * ROLE
+    small = bt * (places_of(cfg) * p.n + 2) + 3 * ROLE
     return (buffers_of(cfg) * bt * kb + phi) * p.itemsize + beside + 4 * small + 1024
 
 
@@ -252,27 +259,22 @@ def default(p):
 SEEDS = tuple(
     dict(zip(("block_T", "block_C", "groups", "threads", "ahead", "levels", "phi", "slack"), values, strict=True))
     for values in (
+        (32, 128, 6, 256, 1, 1, "registers", 1),
+        (16, 128, 4, 128, 3, 2, "registers", 1),
+        (16, 128, 2, 128, 3, 2, "registers", 1),
+        (16, 128, 4, 256, 3, 2, "registers", 1),
+        (16, 128, 2, 256, 3, 2, "registers", 1),
+        (32, 128, 6, 128, 1, 1, "registers", 1),
+        (32, 128, 6, 256, 2, 1, "registers", 0),
+        (32, 128, 4, 256, 1, 2, "registers", 0),
+        (32, 128, 2, 256, 1, 2, "registers", 0),
+        (16, 128, 6, 256, 3, 1, "registers", 1),
+        (16, 128, 6, 256, 3, 2, "registers", 1),
         (32, 128, 6, 256, 1, 1, "shared", 0),
-        (16, 128, 4, 128, 2, 2, "shared", 0),
-        (16, 128, 2, 256, 2, 2, "shared", 0),
         (16, 128, 4, 128, 2, 2, "shared", 1),
         (16, 128, 2, 256, 2, 2, "shared", 1),
         (16, 128, 6, 256, 2, 2, "shared", 1),
-        (16, 128, 4, 256, 3, 2, "registers", 1),
-        (16, 128, 2, 256, 3, 2, "registers", 1),
-        (32, 128, 6, 256, 2, 1, "registers", 1),
-        (32, 128, 6, 256, 1, 1, "registers", 1),
-        (32, 128, 4, 256, 1, 2, "registers", 0),
-        (32, 128, 2, 256, 1, 2, "registers", 0),
-        (32, 128, 6, 128, 2, 1, "registers", 1),
-        (32, 128, 6, 256, 2, 1, "registers", 0),
         (16, 128, 6, 256, 2, 1, "shared", 1),
-        (16, 128, 6, 256, 3, 2, "registers", 1),
-        (16, 128, 2, 128, 2, 2, "shared", 1),
-        (16, 128, 2, 128, 2, 2, "shared", 0),
-        (16, 128, 2, 256, 3, 2, "registers", 0),
-        (16, 128, 4, 256, 3, 2, "registers", 0),
-        (16, 128, 6, 256, 2, 1, "shared", 0),
     )
 )
 
