@@ -67,9 +67,10 @@ def meeting(G, groups, bt, values, every, ring):
         T.atomic_store(scratch[row(g, use, s) + at], word, memory_order="relaxed")
 
     @T.macro
-    def add_up(scratch, g, s, use, words, old, total):
+    def add_up(scratch, g, s, use, words, total):
         """``total`` [sums]: the words of all blocks, in the order of the blocks."""
         at = T.alloc_fragment((sums,), "int32")
+        old = T.alloc_fragment((sums,), "uint32")
         for e in T.Parallel(sums):
             at[e] = row(g, use, 0) + place(e, s)
         for r in T.unroll(G):

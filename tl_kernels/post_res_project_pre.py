@@ -7,11 +7,10 @@ mixes tile i in place, stores y and sums its squares, and makes u of an earlier 
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.apart import apart
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC
+from tl_kernels.roles import roles
 from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.together import together
 from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
 
 
@@ -34,7 +33,7 @@ def build(p, cfg):
         T.async_copy(H_res[t0 : t0 + bt, :, :], res_s[i % staged, :, :, :])
 
     @T.macro
-    def work(i, t0, tokens, c0, tiles, held, mean_s, outs):
+    def work(i, t0, tokens, c0, tiles, held, put_mean, home, outs):
         x_s, f_s, post_s, res_s = tiles
         x_f, f_f, y_f, stored, square, mean = held
         (y,) = outs
@@ -64,10 +63,10 @@ def build(p, cfg):
                     square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
             T.reduce_sum(square, mean, dim=1)
             for t in T.Parallel(part):
-                mean_s[i % 2, t1 + t] = mean[t] / K
+                put_mean(home, i, t1 + t, mean[t] / K)
         T.fence_proxy_async()
 
-    run = (together if cfg["phi"] == "shared" else apart)(p, cfg, load, work, raw=False)
+    run = roles(p, cfg, load, work, raw=False)
 
     @T.prim_func
     def post_res_project_pre(

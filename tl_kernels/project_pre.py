@@ -8,11 +8,10 @@ from functools import partial
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.apart import apart
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC
+from tl_kernels.roles import roles
 from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.together import together
 from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
 
 
@@ -29,7 +28,7 @@ def build(p, cfg):
             T.async_copy(tensors[0][t0 : t0 + bt, j, c0 : c0 + bc], tiles[0][i % buffers, :, j * bc : j * bc + bc])
 
     @T.macro
-    def work(i, t0, tokens, c0, tiles, held, mean_s, outs):
+    def work(i, t0, tokens, c0, tiles, held, put_mean, home, outs):
         (x_s,) = tiles
         x_f, square, mean = held
         for h in T.serial(bt // part):
@@ -41,9 +40,9 @@ def build(p, cfg):
                     square[t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
             T.reduce_sum(square, mean, dim=1)
             for t in T.Parallel(part):
-                mean_s[i % 2, h * part + t] = mean[t] / K
+                put_mean(home, i, h * part + t, mean[t] / K)
 
-    run = (together if cfg["phi"] == "shared" else apart)(p, cfg, load, work, raw=True)
+    run = roles(p, cfg, load, work, raw=True)
 
     @T.prim_func
     def project_pre(

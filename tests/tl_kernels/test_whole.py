@@ -13,37 +13,33 @@ from tuner import gate
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
-SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "phi": "shared", "slack": 0}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0}
 RELAY = {"levels": 2, "groups": 2}
-APART = {"phi": "registers"}
-SLACK = {"slack": 1}
 CPU = (
     (4, 64, {"groups": 2}),
     (4, 136, {}),
     (1, 200, {"block_T": 32, "groups": 2, "ahead": 2}),
     (4, 264, RELAY),
     (1, 136, {**RELAY, "ahead": 2}),
-    (4, 136, APART),
-    (4, 264, {**RELAY, **APART, "ahead": 3}),
-    (4, 264, {**RELAY, **SLACK}),
-    (4, 136, {**APART, **SLACK, "groups": 2}),
+    (4, 136, {"slack": 1, "ahead": 3}),
+    (4, 264, {**RELAY, "slack": 1, "ahead": 3}),
+    (4, 136, {"groups": 2, "slack": 1}),
 )
 WIDE = {**SMALL, "block_C": 128, "threads": 256}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
 GPU += (
-    (4, 2560, {**WIDE, "block_T": 32, "groups": 6}),
     *((n, C, {**SMALL, **RELAY, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
-    (4, 2560, {**WIDE, "groups": 6, "ahead": 2, "levels": 2}),
-    (4, 4096, {**WIDE, "groups": 4, "threads": 128, "levels": 2}),
-    (4, 7168, {**WIDE, "groups": 2, "threads": 128, "levels": 2}),
-    *((n, C, {**SMALL, **APART, "groups": 4}) for n in (1, 4) for C in (200, 1288)),
-    *((n, 1288, {**SMALL, **RELAY, **APART, "groups": 3, "ahead": 3}) for n in (2, 3)),
-    (4, 2560, {**WIDE, **APART, "block_T": 32, "groups": 6, "threads": 128, "ahead": 2}),
-    (4, 2560, {**WIDE, **APART, "block_T": 32, "groups": 6, "ahead": 2}),
-    (4, 7168, {**WIDE, **APART, "groups": 2, "ahead": 3, "levels": 2}),
-    (4, 2560, {**WIDE, **APART, **SLACK, "block_T": 32, "groups": 6}),
-    (4, 4096, {**WIDE, **SLACK, "groups": 4, "threads": 128, "ahead": 2, "levels": 2}),
-    (4, 7168, {**WIDE, **APART, **SLACK, "groups": 2, "ahead": 3, "levels": 2}),
+    *((n, 1288, {**SMALL, "groups": 4, "slack": 1, "ahead": 3}) for n in (1, 4)),
+    *((n, 1288, {**SMALL, **RELAY, "groups": 3, "ahead": 3}) for n in (2, 3)),
+    (4, 2560, {**WIDE, "block_T": 32, "groups": 6}),
+    (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "ahead": 2}),
+    (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "threads": 128, "ahead": 2}),
+    (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "slack": 1}),
+    (4, 2560, {**WIDE, "groups": 6, "ahead": 2, "levels": 2, "slack": 1}),
+    (4, 4096, {**WIDE, "block_T": 32, "groups": 4, "levels": 2}),
+    (4, 4096, {**WIDE, "groups": 4, "threads": 128, "ahead": 2, "levels": 2, "slack": 1}),
+    (4, 7168, {**WIDE, "groups": 2, "threads": 128, "ahead": 3, "levels": 2, "slack": 1}),
+    (4, 7168, {**WIDE, "block_T": 32, "groups": 2, "levels": 2}),
     (4, 7168, None),
     (4, 4096, None),
     (3, 1280, None),
@@ -54,7 +50,7 @@ CASES = [
     for name in WHOLE
     for n, C, cfg in (FEW if name == "project_pre" else CPU)
 ]
-NAMED = ("block_T", "threads", "levels", "phi", "slack")
+NAMED = ("block_T", "threads", "ahead", "levels", "slack")
 CASES += [
     pytest.param(
         name,
@@ -76,13 +72,13 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize(("levels", "phi", "slack"), [(1, "shared", 0), (2, "shared", 0), (2, "registers", 0), (2, "registers", 1)])
+@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1)])
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
-def test_roles_in_every_order_their_barriers_allow(name, order, levels, phi, slack):
+def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]
     p = kernel.problem(4, 136 if levels == 1 else 264)
-    cfg = {**SMALL, "levels": levels, "phi": phi, "slack": slack, "block_C": 128 if levels == 1 else 64}
+    cfg = {**SMALL, "levels": levels, "slack": slack, "block_C": 128 if levels == 1 else 64}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
@@ -91,13 +87,11 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, phi, sla
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("slack", [0, 1])
-@pytest.mark.parametrize("phi", ["shared", "registers"])
-@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1)])
 @pytest.mark.parametrize("name", WHOLE)
-def test_many_launches_of_many_lengths_with_one_scratch(name, levels, phi, slack):
+def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack):
     """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
-    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "phi": phi, "slack": slack})
+    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "slack": slack})
     inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in (1, 15, 16, 17, 95, 96, 97, 500)}
     first = {T: run(*inputs[T]) for T in inputs}
     for _ in range(20):
@@ -143,8 +137,8 @@ def test_rules_of_a_configuration(name):
         ({"threads": 192}, "wanted a multiple of 128"),
         ({"block_T": 16, "block_C": 64}, "divisor of block_T=16 tokens at a time, not 32"),
         ({"groups": 16}, "groups=16: 320 blocks"),
-        ({"block_C": 256}, "bytes of shared memory"),
-        ({"block_C": 256, "phi": "registers"}, "256 registers a thread for 1024 channels of phi, wanted at most 128"),
+        ({"ahead": 6}, "bytes of shared memory"),
+        ({"block_C": 256}, "256 registers a thread for 1024 channels of phi, wanted at most 128"),
     ):
         assert why in kernel.invalid(p, {**good, **change})
     assert "each adds up at most 128 values" in kernel.invalid(kernel.problem(4, 256), {**good, "block_T": 16, "levels": 2})
@@ -175,6 +169,5 @@ def test_scratch_is_the_places_and_the_counters(name):
     p = kernel.problem(4, 2560)
     cfg = {**SMALL, "block_C": 128, "groups": 6}
     assert group_of(p, cfg) == 20
-    assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25, 4) == 6 * 4 * 20 * 25 * 16 + 12
-    assert kernel.scratch(p, {**cfg, "levels": 2}) == 6 * 4 * 21 * 25 * 16 + 12  # and the totals
-    assert kernel.scratch(p, {**cfg, "slack": 1}) == 6 * 8 * 20 * 25 * 16 + 12
+    assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25, 8) == 6 * 8 * 20 * 25 * 16 + 12
+    assert kernel.scratch(p, {**cfg, "levels": 2}) == 6 * 8 * 21 * 25 * 16 + 12  # and the totals

@@ -1,0 +1,187 @@
+"""The roles of a block's warps in the whole passes (tl_kernels/whole.py), each with a loop of its own: what one holds in registers is not
+held by all.
+
+    main     asks for tiles of the streams, makes u of tile i - lag, works on tile i
+    product  z of tile i - 1 for this slice of the channels, published
+    sums     z of the whole group and H_pre, two tiles after the main role or more; with two levels first a share of the sums, then the rest
+
+The roles begin every tile together. With barriers between two roles only, so that each goes on as soon as it can, everything was slower
+(results/notes.md, 2026-11-25): the lag that this order has is what makes up for a block that is late.
+
+Barriers between the warps of a role are by hand: those TileLang would put in for shared memory know nothing of the roles.
+"""
+
+import tilelang.language as T
+
+from tl_kernels.coefficients import sigmoid
+from tl_kernels.meeting import ROLE, meeting
+from tl_kernels.mma import ACC, high, low, padded
+from tl_kernels.relay import relay
+from tl_kernels.whole import RING, buffers_of, group_of, lag_of, part_of, read_after, registers_of
+
+#: Named barriers; 0 is T.sync_threads(), 4 that of relay.py.
+PHI, SUMS, TOP = 1, 2, 3
+
+
+def operand_row(m, part):
+    """Where the product's operand has the high (0) or low (1) part of phi's row m. As wgmma deals out rows, a thread has both sums of m."""
+    return m // 8 * 16 + part * 8 + m % 8
+
+
+def roles(p, cfg, load, work, raw):
+    """A macro that runs all tiles of a block.
+
+    ``load(i, t0, c0, tensors, tiles)`` asks for tile i, ``work(i, t0, tokens, c0, tiles, held, put_mean, home, outs)`` is what the main
+    role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean squares included: macros of the kernel. ``raw``:
+    whether the product takes the streams as they arrived. ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the
+    others are ``work``'s.
+    """
+    n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
+    bt, bc, groups, threads, ahead, levels = (cfg[k] for k in ("block_T", "block_C", "groups", "threads", "ahead", "levels"))
+    N, G, part, step, lag, buffers = padded(M, 32), group_of(p, cfg), part_of(p, cfg), groups * bt, lag_of(cfg), buffers_of(cfg)
+    summed, totalled = read_after(cfg)
+    norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
+    registers, everyone = registers_of(p, cfg), threads + 2 * ROLE
+    sizes = (G, groups, bt, M + 1, n + 1, RING)
+    count, counters, number, publish, add_up, write_out, leave = meeting(*sizes)
+    if levels == 2:
+        count, run, lanes, columns, ask, add_share, read_totals = relay(*sizes)
+
+    @T.macro
+    def stage(c0, phi, x_s):
+        """phi's slice into places of the streams that no tile has yet: row by row its high parts, then its low ones."""
+        for j in T.unroll(n):
+            for m, c in T.Parallel(M, bc):
+                # no condition: channels beyond the streams' meet zeros. Under one, TileLang takes the T.min out and loads before it
+                value = phi[m, T.min(j * C + c0 + c, K - 1)]
+                x_s[ahead + m // bt, m % bt, j * bc + c] = high(value, dtype)
+                x_s[ahead + (M + m) // bt, (M + m) % bt, j * bc + c] = low(value, dtype)
+
+    @T.macro
+    def fill(x_s, phi_f):
+        for r, k in T.Parallel(2 * N, n * bc):
+            # rows beyond phi's give sums that nobody reads
+            at = T.min(r // 16 * 8 + r % 8, M - 1) + T.if_then_else(r % 16 < 8, 0, M)
+            phi_f[r, k] = x_s[ahead + at // bt, at % bt, k]
+
+    @T.macro
+    def multiply(i, s, g, epoch, scratch, phi_f, x_s, z_NT):
+        T.gemm(phi_f, x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
+        z = T.alloc_fragment((N, bt), ACC)
+        for m, t in T.Parallel(N, bt):
+            z[m, t] = z_NT[operand_row(m, 0), t]
+        for m, t in T.Parallel(N, bt):
+            z[m, t] += z_NT[operand_row(m, 1), t]
+        for m, t in T.Parallel(N, bt):
+            if m < M:
+                publish(scratch, g, s, number(epoch, i), m * bt + t, z[m, t])
+
+    @T.macro
+    def put_mean(home, i, t, value):
+        scratch, g, s, epoch = home
+        publish(scratch, g, s, number(epoch, i), M * bt + t, value)
+
+    @T.macro
+    def put_pre(place, total_s, pre_s, alpha, b):
+        """H_pre from the sums in ``total_s``."""
+        T.sync_threads(SUMS, ROLE)
+        for t, q in T.Parallel(bt, n):
+            rinv = T.rsqrt(total_s[n * bt + t] + norm_eps)
+            # a row whose norm overflowed has 1/r = 0 and counts as zero
+            h = alpha[0] * T.if_then_else(rinv > 0, total_s[q * bt + t] * rinv, 0.0) + b[q]
+            pre_s[place, t, q] = sigmoid(h) + pre_eps
+
+    @T.macro
+    def add_all(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
+        words = T.alloc_fragment((G, count), "uint32")
+        total = T.alloc_fragment((count,), ACC)
+        add_up(scratch, g, s, number(epoch, i - summed), words, total)
+        for e in T.Parallel(count):
+            total_s[e] = total[e]
+        put_pre((i - summed) % 2, total_s, pre_s, alpha, b)
+        write_out(s, t0, tokens, total, parts)
+
+    @T.macro
+    def add_in_steps(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
+        words = T.alloc_fragment((run, lanes, columns), "uint32")
+        if i < mine + summed:
+            ask(scratch, g, s, number(epoch, i - summed), words)
+        if i >= totalled:
+            read_totals(scratch, g, number(epoch, i - totalled), total_s)
+            put_pre((i - totalled) % 2, total_s, pre_s, alpha, b)
+        if i < mine + summed:
+            add_share(scratch, g, s, number(epoch, i - summed), t0, tokens, words, parts)
+
+    sums = add_all if levels == 1 else add_in_steps
+
+    @T.macro
+    def give_u(i, t0, tokens, c0, x_s, pre_s, x_f, u_f, u):
+        """u of tile i, which begins at t0."""
+        for h in T.serial(bt // part):
+            t2 = h * part
+            T.clear(u_f)
+            for j in T.unroll(n):
+                for t, c in T.Parallel(part, bc):
+                    x_f[t, c] = x_s[i % buffers, t2 + t, j * bc + c]
+                for t, c in T.Parallel(part, bc):
+                    u_f[t, c] += pre_s[i % 2, t2 + t, j] * x_f[t, c]
+            for t, c in T.Parallel(part, bc):
+                if t0 + t2 + t < tokens and c0 + c < C:
+                    u[t0 + t2 + t, c0 + c] = u_f[t, c]
+
+    @T.macro
+    def run_roles(block, tokens, tensors, weights, outs, scratch, tiles, held, x_f, u_f):
+        tx, s, g, c0 = block
+        phi, alpha, b = weights
+        x_s, u, parts = tiles[0], outs[0], outs[1]
+        phi_f = T.alloc_fragment((2 * N, n * bc), dtype)
+        z_NT = T.alloc_fragment((2 * N, bt), ACC)
+        total_s = T.alloc_shared((count,), ACC)
+        pre_s = T.alloc_shared((2, bt, n), ACC)
+        epoch = T.alloc_var("uint32")
+        epoch = scratch[counters + 2 * g]
+        mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
+
+        if tx >= threads:
+            stage(c0, phi, x_s)
+            T.sync_threads(PHI, 2 * ROLE)
+        if tx < threads:
+            for i in T.unroll(ahead):
+                if i < mine:
+                    load(i, (i * groups + g) * bt, c0, tensors, tiles)
+            for i in T.serial(mine + lag):
+                t0 = (i * groups + g) * bt
+                if ahead > 1 and i + ahead <= mine:
+                    T.ptx_wait_group((ahead - 1) * (n + len(tiles) - 1))
+                else:
+                    T.ptx_wait_group(0)
+                if raw:
+                    T.fence_proxy_async()
+                T.sync_threads(TOP, everyone)
+                if i + ahead < mine:
+                    load(i + ahead, t0 + ahead * step, c0, tensors, tiles)
+                if i >= lag:
+                    give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u)
+                if i < mine:
+                    work(i, t0, tokens, c0, tiles, held, put_mean, (scratch, g, s, epoch), outs[2:])
+        elif tx < threads + ROLE:
+            if registers is not None:
+                T.set_max_nreg(registers[0], 1)
+            fill(x_s, phi_f)
+            for i in T.serial(mine + lag):
+                T.sync_threads(TOP, everyone)
+                if i >= 1 and i < mine + 1:
+                    multiply(i - 1, s, g, epoch, scratch, phi_f, x_s, z_NT)
+        else:
+            if registers is not None:
+                T.set_max_nreg(registers[1], 0)
+            for i in T.serial(mine + lag):
+                T.sync_threads(TOP, everyone)
+                if i >= summed and i < mine + totalled:
+                    sums(i, mine, s, g, ((i - summed) * groups + g) * bt, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts)
+
+        T.sync_threads()
+        if tx == 0:
+            leave(scratch, g, epoch, mine)
+
+    return run_roles
