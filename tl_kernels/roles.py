@@ -5,8 +5,8 @@ held by all.
     product  z of tile i - 1 for this slice of the channels, published
     sums     z of the whole group and H_pre, two tiles after the main role or more; with two levels first a share of the sums, then the rest
 
-The roles begin every tile together. With barriers between two roles only, so that each goes on as soon as it can, everything was slower
-(results/notes.md, 2026-11-25): the lag that this order has is what makes up for a block that is late.
+The roles begin every tile together. With barriers between two roles only, so that each goes on as soon as it can, five of six shapes were
+slower (results/notes.md, 2026-11-25): the lag that this order has is what makes up for a block that is late.
 
 Barriers between the warps of a role are by hand: those TileLang would put in for shared memory know nothing of the roles.
 """
