@@ -24,8 +24,8 @@ MOST_THREADS = 1024
 #: 64 KiB, and a multiprocessor's path to L2 (64 bytes a cycle) has five times its share of the copy bandwidth (about 13 bytes a cycle on
 #: an H100): 40% of the tile's time and more, in instructions that wait. The constraints of the specs leave few such programs; of 31
 #: measured ones one had a stack, of 136 bytes, and took twice the best's time. A local array or registers spilled outside the loop may
-#: still win, below the threshold the clock decides: `phi: registers` of the whole passes spills up to 304 bytes while it loads phi.
-MOST_STACK = 384
+#: still win, below the threshold the clock decides. Even outside the loop, while phi was loaded, 165 spills cost 20 us a launch (notes.md).
+MOST_STACK = 256
 
 
 class _WillNotRun(Exception):
