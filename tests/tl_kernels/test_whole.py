@@ -142,6 +142,7 @@ def test_rules_of_a_configuration(name):
     ):
         assert why in kernel.invalid(p, {**good, **change})
     assert "each adds up at most 128 values" in kernel.invalid(kernel.problem(4, 256), {**good, "block_T": 16, "levels": 2})
+    assert "128 blocks to a group, wanted at most 72" in kernel.invalid(kernel.problem(4, 16384), {**good, "groups": 1})
     assert "112 words a thread would spill" in kernel.invalid(kernel.problem(4, 7168), {**good, "groups": 2})
 
 
