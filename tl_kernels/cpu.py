@@ -6,7 +6,7 @@ bfloat16 to rounding by hand. On TVM's JSON of it: drop layout annotations, put 
 to it: tilelang is pinned, and tests/tl_kernels/test_cpu.py fails loudly when it moves.
 
 Roles of warps (``if tx < 256: ... else: ...``) run one after another in an order their named barriers allow, and barriers then do nothing.
-Where each role has a loop of its own over the same iterations, they take turns iteration by iteration.
+Where each role has a loop of its own and all end at the same iteration, they take turns iteration by iteration.
 Blocks that wait for each other, in a loop around ``T.atomic_load``, get an OS thread each; all others run one after another.
 """
 
@@ -218,11 +218,12 @@ def _steps(stmt):
 def _only_loop(role):
     """The one loop in order that a role is, beside what comes before and after; None where there is none, or several."""
     found = [step for step in _steps(role) if isinstance(step, tirx.For) and step.kind == tirx.ForKind.SERIAL]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and isinstance(found[0].min, tirx.IntImm) else None
 
 
-def _iterations(loop):
-    return str(loop.min), str(loop.extent)
+def _end(loop):
+    """Where a loop ends; loops that end together may take turns, whichever begins later."""
+    return str(tvm.arith.Analyzer().simplify(loop.min + loop.extent))
 
 
 def _beginning(steps):
@@ -238,20 +239,26 @@ def _beginning(steps):
 
 def _fuse(roles, loops, order):
     """What the roles do before their loops, one loop in which they take turns, and what they do after. Where all begin an iteration at one
-    barrier, all of them have ended the one before, as in one loop.
+    barrier, all of them have ended the one before, as in one loop. A loop that begins later is left out of the iterations before.
     """
     before, after, bodies = [], [], []
+    first = min(loops, key=lambda loop: int(loop.min))
     for role, loop in zip(roles, loops, strict=True):
         steps = _steps(role)
         at = next(i for i, step in enumerate(steps) if step.same_as(loop))
         before += steps[:at]
         after += steps[at + 1 :]
-        bodies.append(_steps(tirx.stmt_functor.substitute(loop.body, {loop.loop_var: loops[0].loop_var})))
+        bodies.append(_steps(tirx.stmt_functor.substitute(loop.body, {loop.loop_var: first.loop_var})))
     begin = [_beginning(steps) for steps in bodies]
     if all(name is not None and name == begin[0][1] for _, name in begin):
         bodies = [[*steps[:at], *steps[at + 1 :]] for steps, (at, _) in zip(bodies, begin, strict=True)]
-    body = tirx.SeqStmt(_arrange([tirx.SeqStmt(steps) if len(steps) > 1 else steps[0] for steps in bodies], order))
-    return [*before, tirx.For(loops[0].loop_var, loops[0].min, loops[0].extent, tirx.ForKind.SERIAL, body), *after]
+    bodies = [tirx.SeqStmt(steps) if len(steps) > 1 else steps[0] for steps in bodies]
+    bodies = [
+        body if int(loop.min) == int(first.min) else tirx.IfThenElse(first.loop_var >= loop.min, body, None)
+        for body, loop in zip(bodies, loops, strict=True)
+    ]
+    body = tirx.SeqStmt(_arrange(bodies, order))
+    return [*before, tirx.For(first.loop_var, first.min, first.extent, tirx.ForKind.SERIAL, body), *after]
 
 
 def _lower_roles(body, order):
@@ -289,7 +296,7 @@ def _lower_roles(body, order):
             return None
         roles = branches(stmt)
         loops = [_only_loop(role) for role in roles]
-        if len(roles) > 1 and None not in loops and len(set(map(_iterations, loops))) == 1:
+        if len(roles) > 1 and None not in loops and len(set(map(_end, loops))) == 1:
             roles = _fuse(roles, loops, order)
         else:
             roles = _arrange(roles, order)

@@ -32,7 +32,7 @@ def tag(use, ring):
 
 
 def meeting(G, groups, bt, values, every, ring):
-    """Macros ``arrive``, ``publish``, ``add_up`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
+    """Macros ``publish``, ``begin``, ``ask``, ``add_up``, ``write_out`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
 
     Every block needs the first ``every - 1`` values and the last; of the others each adds up a share and writes it out. ``use`` numbers the
     tiles a group ever had; one ``ring`` period of tags is added so that it stays positive.
@@ -57,9 +57,16 @@ def meeting(G, groups, bt, values, every, ring):
         at = e + T.if_then_else(e < few - bt, 0, T.if_then_else(e < few, (values - every) * bt, s * share - bt))
         return T.min(at, width - 1)
 
-    def mine(e, s):
-        """Whether the e-th word is one of those: the last shares may stick out."""
-        return T.And(e < few + share, T.Or(e < few, place(e, s) < (values - 1) * bt))
+    @T.macro
+    def begin(s, tokens, at, until):
+        """Before the first tile: where the words stand in a row, and up to which token the sums are this block's to write: block 0 writes
+        those that every block has, each block its share; the last shares may stick out.
+        """
+        for e in T.Parallel(sums):
+            at[e] = place(e, s)
+        for e in T.Parallel(sums):
+            its = T.if_then_else(e < few, s == 0, T.And(e < few + share, at[e] < (values - 1) * bt))
+            until[e] = T.if_then_else(its, tokens, 0)
 
     @T.macro
     def publish(scratch, g, s, use, at, value):
@@ -67,15 +74,17 @@ def meeting(G, groups, bt, values, every, ring):
         T.atomic_store(scratch[row(g, use, s) + at], word, memory_order="relaxed")
 
     @T.macro
-    def add_up(scratch, g, s, use, words, total):
-        """``total`` [sums]: the words of all blocks, in the order of the blocks."""
-        at = T.alloc_fragment((sums,), "int32")
-        old = T.alloc_fragment((sums,), "uint32")
-        for e in T.Parallel(sums):
-            at[e] = row(g, use, 0) + place(e, s)
+    def ask(scratch, g, use, at, words):
+        first = row(g, use, 0)
         for r in T.unroll(G):
             for e in T.Parallel(sums):
-                words[r, e] = T.atomic_load(scratch[at[e] + r * width], memory_order="relaxed")
+                words[r, e] = T.atomic_load(scratch[first + at[e] + r * width], memory_order="relaxed")
+
+    @T.macro
+    def add_up(scratch, g, use, at, words, total):
+        """``total`` [sums]: the words of all blocks, in the order of the blocks; those that were not there are asked for again."""
+        first = row(g, use, 0)
+        old = T.alloc_fragment((sums,), "uint32")
         T.clear(old)
         for r in T.unroll(G):
             for e in T.Parallel(sums):
@@ -84,7 +93,7 @@ def meeting(G, groups, bt, values, every, ring):
             while T.bitwise_and(old[e], T.uint32(1)) != 0:
                 old[e] = T.uint32(0)
                 for r in T.unroll(G):
-                    words[r, e] = T.atomic_load(scratch[at[e] + r * width], memory_order="relaxed")
+                    words[r, e] = T.atomic_load(scratch[first + at[e] + r * width], memory_order="relaxed")
                     old[e] = T.bitwise_or(old[e], T.bitwise_xor(words[r, e], tag(use, ring)))
         T.clear(total)
         for r in T.unroll(G):
@@ -92,18 +101,17 @@ def meeting(G, groups, bt, values, every, ring):
                 total[e] += T.reinterpret(T.bitwise_and(words[r, e], T.uint32(0xFFFFFFFE)), ACC)
 
     @T.macro
-    def write_out(s, t0, tokens, total, out):
-        """``out`` [1, values, T]: block 0 what every block has, each block its share."""
+    def write_out(t0, at, until, total, out):
+        """``out`` [1, values, T] of the tile that begins at t0."""
         for e in T.Parallel(sums):
-            at = place(e, s)
-            if mine(e, s) and (e >= few or s == 0) and t0 + at % bt < tokens:
-                out[0, at // bt, t0 + at % bt] = total[e]
+            if t0 + at[e] % bt < until[e]:
+                out[0, at[e] // bt, t0 + at[e] % bt] = total[e]
 
     @T.macro
     def leave(scratch, g, epoch, tiles):
         """By one thread, when the block is done."""
         if T.atomic_add(scratch[counters + 2 * g + 1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G - 1):
             scratch[counters + 2 * g + 1] = T.uint32(0)
-            scratch[counters + 2 * g] = epoch + T.cast(tiles, "uint32")
+            scratch[counters + 2 * g] = (epoch + T.cast(tiles, "uint32")) % T.uint32(2 * ring)
 
-    return sums, counters, number, publish, add_up, write_out, leave
+    return sums, counters, number, publish, begin, ask, add_up, write_out, leave

@@ -17,7 +17,7 @@ from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
-    buffers, part = buffers_of(cfg), part_of(p, cfg)
+    buffers, part = buffers_of(p, cfg), part_of(p, cfg)
     staged = cfg["ahead"] + 1
     row, rows = row_layouts(p, cfg)
     T_ = T.dynamic("T")
@@ -66,7 +66,7 @@ def build(p, cfg):
                 put_mean(home, i, t1 + t, mean[t] / K)
         T.fence_proxy_async()
 
-    run = roles(p, cfg, load, work, raw=False)
+    run = roles(p, cfg, load, n + 3, work, raw=False)
 
     @T.prim_func
     def post_res_project_pre(
@@ -130,5 +130,5 @@ post_res_project_pre = Kernel(
     },
     options={"norm_eps": 1e-6, "pre_eps": 1e-6},
     pass_configs=pass_configs,
-    gpu_only=("threads", "ahead", "groups"),
+    gpu_only=("threads", "ahead", "groups", "early"),
 )

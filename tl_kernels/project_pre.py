@@ -18,7 +18,7 @@ from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
-    buffers, part = buffers_of(cfg), part_of(p, cfg)
+    buffers, part = buffers_of(p, cfg), part_of(p, cfg)
     row, _ = row_layouts(p, cfg)
     T_ = T.dynamic("T")
 
@@ -42,7 +42,7 @@ def build(p, cfg):
             for t in T.Parallel(part):
                 put_mean(home, i, h * part + t, mean[t] / K)
 
-    run = roles(p, cfg, load, work, raw=True)
+    run = roles(p, cfg, load, n, work, raw=True)
 
     @T.prim_func
     def project_pre(
@@ -82,5 +82,5 @@ project_pre = Kernel(
     reference=reference.project_pre,
     options={"norm_eps": 1e-6, "pre_eps": 1e-6},
     pass_configs=pass_configs,
-    gpu_only=("threads", "ahead", "groups"),
+    gpu_only=("threads", "ahead", "groups", "early"),
 )

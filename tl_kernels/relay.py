@@ -26,7 +26,7 @@ def share_of(G, bt, values):
 
 def relay(G, groups, bt, values, every, ring):
     """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; the shape of the words that a
-    block adds up; and macros: ``ask`` for these words, ``add_share`` of them, asking again for those that were not there, and
+    block adds up; and macros: ``ask`` for these words, ``add_share`` of them, asking again for those that were not there, ``ask_totals`` and
     ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
     """
     width, share = values * bt, share_of(G, bt, values)
@@ -97,17 +97,20 @@ def relay(G, groups, bt, values, every, ring):
                 out[0, at // bt, t0 + at % bt] = T.reinterpret(whole, ACC)
 
     @T.macro
-    def read_totals(scratch, g, use, total_s):
-        word = T.alloc_fragment((read,), "uint32")
+    def ask_totals(scratch, g, use, word):
         for e in T.Parallel(read):
             word[e] = T.atomic_load(scratch[total(g, use, e)], memory_order="relaxed")
+
+    @T.macro
+    def read_totals(scratch, g, use, word, total_s, at):
         for e in T.Parallel(read):
             while T.bitwise_and(T.bitwise_xor(word[e], tag(use, ring)), T.uint32(1)) != 0:
                 word[e] = T.atomic_load(scratch[total(g, use, e)], memory_order="relaxed")
         for e in T.Parallel(read):
-            total_s[e] = T.reinterpret(T.bitwise_and(word[e], T.uint32(0xFFFFFFFE)), ACC)
+            if e < few:
+                total_s[at, e] = T.reinterpret(T.bitwise_and(word[e], T.uint32(0xFFFFFFFE)), ACC)
 
-    return read, run, lanes, columns, ask, add_share, read_totals
+    return read, (run, lanes, columns), ask, add_share, ask_totals, read_totals
 
 
 #: The named barrier of the role that adds up, see tl_kernels/whole.py.

@@ -17,10 +17,10 @@ from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, meeting
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.relay import relay
-from tl_kernels.whole import RING, buffers_of, group_of, lag_of, part_of, read_after, registers_of
+from tl_kernels.whole import buffers_of, group_of, lag_of, part_of, read_after, registers_of, ring_of
 
 #: Named barriers; 0 is T.sync_threads(), 4 that of relay.py.
-PHI, SUMS, TOP = 1, 2, 3
+PHI, TOP, MAIN = 1, 2, 3
 
 
 def operand_row(m, part):
@@ -28,41 +28,42 @@ def operand_row(m, part):
     return m // 8 * 16 + part * 8 + m % 8
 
 
-def roles(p, cfg, load, work, raw):
+def roles(p, cfg, load, copies, work, raw):
     """A macro that runs all tiles of a block.
 
-    ``load(i, t0, c0, tensors, tiles)`` asks for tile i, ``work(i, t0, tokens, c0, tiles, held, put_mean, home, outs)`` is what the main
+    ``load(i, t0, c0, tensors, tiles)`` asks for tile i with ``copies`` copies, ``work(i, t0, tokens, c0, tiles, held, put_mean, home, outs)`` is what the main
     role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean squares included: macros of the kernel. ``raw``:
     whether the product takes the streams as they arrived. ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the
     others are ``work``'s.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
-    bt, bc, groups, threads, ahead, levels = (cfg[k] for k in ("block_T", "block_C", "groups", "threads", "ahead", "levels"))
-    N, G, part, step, lag, buffers = padded(M, 32), group_of(p, cfg), part_of(p, cfg), groups * bt, lag_of(cfg), buffers_of(cfg)
+    bt, bc, groups, threads, ahead, levels, early = (cfg[k] for k in ("block_T", "block_C", "groups", "threads", "ahead", "levels", "early"))
+    N, G, part, step, lag, buffers = padded(M, 32), group_of(p, cfg), part_of(p, cfg), groups * bt, lag_of(cfg), buffers_of(p, cfg)
     summed, totalled = read_after(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     registers, everyone = registers_of(p, cfg), threads + 2 * ROLE
-    sizes = (G, groups, bt, M + 1, n + 1, RING)
-    count, counters, number, publish, add_up, write_out, leave = meeting(*sizes)
+    sizes, few = (G, groups, bt, M + 1, n + 1, ring_of(cfg)), (n + 1) * bt
+    spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
+    count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if levels == 2:
-        count, run, lanes, columns, ask, add_share, read_totals = relay(*sizes)
+        count, share_shape, ask, add_share, ask_totals, read_totals = relay(*sizes)
 
     @T.macro
     def stage(c0, phi, x_s):
-        """phi's slice into places of the streams that no tile has yet: row by row its high parts, then its low ones."""
+        """phi's slice into places of the streams that no tile has yet, while the main role is at its first: its high parts, then its low ones."""
         for j in T.unroll(n):
             for m, c in T.Parallel(M, bc):
                 # no condition: channels beyond the streams' meet zeros. Under one, TileLang takes the T.min out and loads before it
                 value = phi[m, T.min(j * C + c0 + c, K - 1)]
-                x_s[ahead + m // bt, m % bt, j * bc + c] = high(value, dtype)
-                x_s[ahead + (M + m) // bt, (M + m) % bt, j * bc + c] = low(value, dtype)
+                x_s[spare + m // bt, m % bt, j * bc + c] = high(value, dtype)
+                x_s[spare + (M + m) // bt, (M + m) % bt, j * bc + c] = low(value, dtype)
 
     @T.macro
     def fill(x_s, phi_f):
         for r, k in T.Parallel(2 * N, n * bc):
             # rows beyond phi's give sums that nobody reads
             at = T.min(r // 16 * 8 + r % 8, M - 1) + T.if_then_else(r % 16 < 8, 0, M)
-            phi_f[r, k] = x_s[ahead + at // bt, at % bt, k]
+            phi_f[r, k] = x_s[spare + at // bt, at % bt, k]
 
     @T.macro
     def multiply(i, s, g, epoch, scratch, phi_f, x_s, z_NT):
@@ -82,35 +83,45 @@ def roles(p, cfg, load, work, raw):
         publish(scratch, g, s, number(epoch, i), M * bt + t, value)
 
     @T.macro
-    def put_pre(place, total_s, pre_s, alpha, b):
-        """H_pre from the sums in ``total_s``."""
-        T.sync_threads(SUMS, ROLE)
+    def put_pre(i, tile, total_s, pre_s, affine):
+        """H_pre of a tile from the sums of iteration i."""
+        gain, bias = affine
         for t, q in T.Parallel(bt, n):
-            rinv = T.rsqrt(total_s[n * bt + t] + norm_eps)
+            rinv = T.rsqrt(total_s[i % 2, n * bt + t] + norm_eps)
             # a row whose norm overflowed has 1/r = 0 and counts as zero
-            h = alpha[0] * T.if_then_else(rinv > 0, total_s[q * bt + t] * rinv, 0.0) + b[q]
-            pre_s[place, t, q] = sigmoid(h) + pre_eps
+            h = gain[t, q] * T.if_then_else(rinv > 0, total_s[i % 2, q * bt + t] * rinv, 0.0) + bias[t, q]
+            pre_s[tile % 2, t, q] = sigmoid(h) + pre_eps
 
+    # While words are on their way H_pre is made of the sums of an iteration before: a load cannot be under way across a barrier.
     @T.macro
-    def add_all(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
+    def add_all(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, affine, parts):
         words = T.alloc_fragment((G, count), "uint32")
-        total = T.alloc_fragment((count,), ACC)
-        add_up(scratch, g, s, number(epoch, i - summed), words, total)
-        for e in T.Parallel(count):
-            total_s[e] = total[e]
-        put_pre((i - summed) % 2, total_s, pre_s, alpha, b)
-        write_out(s, t0, tokens, total, parts)
+        at, until, total = kept
+        if i >= summed and i < mine + summed:
+            ask(scratch, g, number(epoch, i - summed), at, words)
+        if i > summed and i <= mine + summed:
+            put_pre(i - 1, i - 1 - summed, total_s, pre_s, affine)
+            write_out(((i - 1 - summed) * groups + g) * bt, at, until, total, parts)
+        if i >= summed and i < mine + summed:
+            add_up(scratch, g, number(epoch, i - summed), at, words, total)
+            for e in T.Parallel(count):
+                if e < few:
+                    total_s[i % 2, e] = total[e]
 
     @T.macro
-    def add_in_steps(i, mine, s, g, t0, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts):
-        words = T.alloc_fragment((run, lanes, columns), "uint32")
-        if i < mine + summed:
+    def add_in_steps(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, affine, parts):
+        words = T.alloc_fragment(share_shape, "uint32")
+        word = T.alloc_fragment((count,), "uint32")
+        if i >= summed and i < mine + summed:
             ask(scratch, g, s, number(epoch, i - summed), words)
-        if i >= totalled:
-            read_totals(scratch, g, number(epoch, i - totalled), total_s)
-            put_pre((i - totalled) % 2, total_s, pre_s, alpha, b)
-        if i < mine + summed:
-            add_share(scratch, g, s, number(epoch, i - summed), t0, tokens, words, parts)
+        if i >= totalled and i < mine + totalled:
+            ask_totals(scratch, g, number(epoch, i - totalled), word)
+        if i > totalled and i <= mine + totalled:
+            put_pre(i - 1, i - 1 - totalled, total_s, pre_s, affine)
+        if i >= summed and i < mine + summed:
+            add_share(scratch, g, s, number(epoch, i - summed), ((i - summed) * groups + g) * bt, tokens, words, parts)
+        if i >= totalled and i < mine + totalled:
+            read_totals(scratch, g, number(epoch, i - totalled), word, total_s, i % 2)
 
     sums = add_all if levels == 1 else add_in_steps
 
@@ -130,55 +141,78 @@ def roles(p, cfg, load, work, raw):
                     u[t0 + t2 + t, c0 + c] = u_f[t, c]
 
     @T.macro
+    def go_on(i, mine, t0, c0, tensors, tiles):
+        """Ask for tile i; for copies of nothing behind the last, so that all but ``ahead`` tiles' copies are done in the end too."""
+        if i < mine:
+            load(i, t0, c0, tensors, tiles)
+        else:
+            for _ in T.unroll(copies):
+                T.ptx_commit_group()
+
+    @T.macro
     def run_roles(block, tokens, tensors, weights, outs, scratch, tiles, held, x_f, u_f):
         tx, s, g, c0 = block
         phi, alpha, b = weights
         x_s, u, parts = tiles[0], outs[0], outs[1]
         phi_f = T.alloc_fragment((2 * N, n * bc), dtype)
         z_NT = T.alloc_fragment((2 * N, bt), ACC)
-        total_s = T.alloc_shared((count,), ACC)
+        at = T.alloc_fragment((count,), "int32")
+        until = T.alloc_fragment((count,), "int32")
+        total = T.alloc_fragment((count,), ACC)
+        kept = (at, until, total)
+        gain = T.alloc_fragment((bt, n), ACC)
+        bias = T.alloc_fragment((bt, n), ACC)
+        total_s = T.alloc_shared((2, few), ACC)
         pre_s = T.alloc_shared((2, bt, n), ACC)
         epoch = T.alloc_var("uint32")
         epoch = scratch[counters + 2 * g]
         mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
 
         if tx >= threads:
+            T.sync_threads(TOP, everyone)
             stage(c0, phi, x_s)
             T.sync_threads(PHI, 2 * ROLE)
         if tx < threads:
             for i in T.unroll(ahead):
-                if i < mine:
-                    load(i, (i * groups + g) * bt, c0, tensors, tiles)
+                go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
             for i in T.serial(mine + lag):
                 t0 = (i * groups + g) * bt
-                if ahead > 1 and i + ahead <= mine:
-                    T.ptx_wait_group((ahead - 1) * (n + len(tiles) - 1))
-                else:
-                    T.ptx_wait_group(0)
-                if raw:
-                    T.fence_proxy_async()
                 T.sync_threads(TOP, everyone)
-                if i + ahead < mine:
-                    load(i + ahead, t0 + ahead * step, c0, tensors, tiles)
+                if early == 1:
+                    go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
                 if i >= lag:
                     give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u)
+                if early == 0:
+                    go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
+                # a thread asks for what it has itself read, and reads what it asked for, so there is no barrier
+                T.ptx_wait_group(ahead * copies)
+                if raw:
+                    T.fence_proxy_async()
+                else:
+                    T.sync_threads(MAIN, threads)
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, put_mean, (scratch, g, s, epoch), outs[2:])
         elif tx < threads + ROLE:
             if registers is not None:
                 T.set_max_nreg(registers[0], 1)
             fill(x_s, phi_f)
-            for i in T.serial(mine + lag):
+            for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
-                if i >= 1 and i < mine + 1:
+                if i < mine + 1:
                     multiply(i - 1, s, g, epoch, scratch, phi_f, x_s, z_NT)
         else:
             if registers is not None:
                 T.set_max_nreg(registers[1], 0)
-            for i in T.serial(mine + lag):
+            if levels == 1:
+                begin(s, tokens, at, until)
+                T.clear(total)
+            for t, q in T.Parallel(bt, n):
+                # read once: behind words on their way a load waits for them, even one that hits L1
+                gain[t, q] = alpha[0]
+                bias[t, q] = b[q]
+            for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
-                if i >= summed and i < mine + totalled:
-                    sums(i, mine, s, g, ((i - summed) * groups + g) * bt, tokens, epoch, scratch, total_s, pre_s, alpha, b, parts)
+                sums(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, (gain, bias), parts)
 
         T.sync_threads()
         if tx == 0:

@@ -16,11 +16,6 @@ from tl_kernels.mma import padded
 from tl_kernels.relay import relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
-#: Places that tiles pass through in scratch, a power of two. A mean is published with the main role's work on tile k, when the sums have
-#: done tile k - 1 - d (:func:`read_after`): for this their peers had published it, and so had read every word of tile k - 1 - 2 d; with two
-#: levels, d to the totals, of tile k - 1 - d.
-RING = 8
-
 #: Blocks of a group wait for each other, so all of them must fit the GPU at once: a little less than the 78 multiprocessors of an H20.
 MOST_BLOCKS = 72
 
@@ -37,24 +32,36 @@ def part_of(p, cfg):
 
 def read_after(cfg):
     """Tiles between the main role's work on the streams and the sums of the same tile; with two levels, and the totals."""
-    sums = 2 + cfg["slack"]
-    return sums, (sums + 1 + cfg["slack"] if cfg["levels"] == 2 else sums)
+    sums = 2 + (cfg["slack"] > 0)
+    return sums, (sums + 1 + (cfg["slack"] > 1) if cfg["levels"] == 2 else sums)
+
+
+def ring_of(cfg):
+    """Places that tiles pass through in scratch; few, so that a word is written anew before L2 gives it to memory.
+
+    A mean is published with the main role's work on tile k, when the sums have done tile k - 1 - d (:func:`read_after`). Their peers had
+    published that tile's z, in iteration k - d, when their own sums had done tile k - 1 - 2 d: the last that any block may still have to
+    read. With two levels a block may add up means alone, which come an iteration earlier.
+    """
+    return 2 * read_after(cfg)[0] + cfg["levels"]
 
 
 def lag_of(cfg):
-    """Tiles between the main role's work on the streams and its u of the same tile."""
-    return read_after(cfg)[1] + 1
+    """Tiles between the main role's work on the streams and its u of the same tile: H_pre is made when its sums are all there."""
+    return read_after(cfg)[1] + 2
 
 
 def scratch_of(p, cfg):
     """32-bit words of scratch."""
     size = relay_size if cfg["levels"] == 2 else scratch_size
-    return size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1, RING)
+    return size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1, ring_of(cfg))
 
 
-def buffers_of(cfg):
-    """Tiles of the streams on chip. One more than are in use, so that a tile can be asked for before u of another is made."""
-    return cfg["ahead"] + lag_of(cfg) + 1
+def buffers_of(p, cfg):
+    """Tiles of the streams on chip: a tile is asked for when u of the one in its place is made, or ``early``, before, into a place more. phi
+    passes through those not in use yet.
+    """
+    return cfg["ahead"] + max(lag_of(cfg) + cfg["early"], 1 + ceildiv(2 * p.M, cfg["block_T"]))
 
 
 def row_layouts(p, cfg):
@@ -94,11 +101,10 @@ def most_words(p, cfg):
 
 
 def shared_bytes(p, cfg, mixes):
-    """Shared memory, an upper bound; ``mixes``: whether tiles of f, H_post and H_res stand beside those of the streams."""
-    bt, kb, staged = cfg["block_T"], p.n * cfg["block_C"], cfg["ahead"] + 1
+    """Shared memory; ``mixes``: whether tiles of f, H_post and H_res stand beside those of the streams."""
+    bt, kb, staged, two = cfg["block_T"], p.n * cfg["block_C"], cfg["ahead"] + 1, cfg["levels"] == 2
     beside = staged * bt * (cfg["block_C"] * p.itemsize + 4 * (p.n + p.n * p.n)) if mixes else 0
-    small = bt * 2 * p.n + 3 * ROLE
-    return buffers_of(cfg) * bt * kb * p.itemsize + beside + 4 * small + 1024
+    return buffers_of(p, cfg) * bt * kb * p.itemsize + beside + 4 * (2 * (p.n + 1) * bt + 2 * bt * p.n + (ROLE if two else 0))
 
 
 def invalid(p, cfg, mixes=True):
@@ -113,6 +119,8 @@ def invalid(p, cfg, mixes=True):
         return f"C={p.C}, block_C={bc}: {G} blocks to a group, wanted at most {MOST_BLOCKS}, which wait for each other"
     if cfg["groups"] > 1 and G * cfg["groups"] > 256:
         return f"groups={cfg['groups']}: {G * cfg['groups']} blocks, wanted about as many as there are multiprocessors"
+    if cfg["slack"] > cfg["levels"]:
+        return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
     if cfg["levels"] == 2:
         if share_of(G, bt, p.M + 1) > ROLE:
             return f"levels=2, block_T={bt}, block_C={bc}: {G} blocks to a group, wanted so many that each adds up at most {ROLE} values"
@@ -136,7 +144,7 @@ def default(p):
     bc = 64 if p.C <= 1024 else 128 if p.C <= MOST_BLOCKS * 128 else 256
     groups = max(1, 132 // ceildiv(p.C, bc))
     cfgs = [
-        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": ahead, "levels": levels, "slack": 1}
+        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": ahead, "levels": levels, "slack": 1, "early": 0}
         for bt, threads, ahead, levels in ((32, 256, 1, 1), (16, 256, 3, 1), (16, 256, 3, 2), (16, 128, 1, 1))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
@@ -144,18 +152,20 @@ def default(p):
 
 #: What a search begins with, the best of each shape first (results/h100/tune.json, designs.txt).
 SEEDS = tuple(
-    dict(zip(("block_T", "block_C", "groups", "threads", "ahead", "levels", "slack"), values, strict=True))
+    dict(zip(("block_T", "block_C", "groups", "threads", "ahead", "levels", "slack", "early"), values, strict=True))
     for values in (
-        (16, 128, 6, 256, 3, 2, 1),
-        (16, 128, 4, 128, 3, 2, 1),
-        (16, 128, 2, 256, 3, 2, 1),
-        (32, 128, 4, 256, 1, 2, 0),
-        (32, 128, 2, 256, 1, 2, 0),
-        (16, 128, 6, 256, 3, 1, 1),
-        (16, 128, 4, 256, 3, 2, 1),
-        (16, 128, 2, 128, 3, 2, 1),
-        (32, 128, 6, 256, 1, 1, 1),
-        (32, 128, 6, 256, 2, 1, 0),
+        (32, 128, 6, 256, 1, 1, 1, 0),
+        (32, 128, 4, 256, 1, 2, 1, 0),
+        (32, 128, 2, 256, 1, 2, 0, 1),
+        (32, 256, 13, 256, 1, 1, 1, 1),
+        (16, 128, 6, 256, 3, 2, 1, 0),
+        (16, 128, 2, 256, 3, 2, 2, 1),
+        (16, 128, 4, 256, 3, 1, 1, 1),
+        (16, 128, 6, 256, 3, 1, 1, 1),
+        (32, 128, 6, 256, 1, 1, 1, 1),
+        (16, 128, 6, 256, 3, 2, 2, 1),
+        (16, 128, 4, 256, 3, 2, 2, 1),
+        (32, 128, 6, 256, 1, 2, 1, 0),
     )
 )
 
@@ -168,7 +178,8 @@ def space(p):
         "threads": (128, 256),
         "ahead": (1, 2, 3),
         "levels": (1, 2),
-        "slack": (0, 1),
+        "slack": (0, 1, 2),
+        "early": (0, 1),
     }
 
 

@@ -13,7 +13,7 @@ from tuner import gate
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
-SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0}
 RELAY = {"levels": 2, "groups": 2}
 CPU = (
     (4, 64, {"groups": 2}),
@@ -50,7 +50,7 @@ CASES = [
     for name in WHOLE
     for n, C, cfg in (FEW if name == "project_pre" else CPU)
 ]
-NAMED = ("block_T", "threads", "ahead", "levels", "slack")
+NAMED = ("block_T", "threads", "ahead", "levels", "slack", "early")
 CASES += [
     pytest.param(
         name,
@@ -170,5 +170,5 @@ def test_scratch_is_the_places_and_the_counters(name):
     p = kernel.problem(4, 2560)
     cfg = {**SMALL, "block_C": 128, "groups": 6}
     assert group_of(p, cfg) == 20
-    assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25, 8) == 6 * 8 * 20 * 25 * 16 + 12
-    assert kernel.scratch(p, {**cfg, "levels": 2}) == 6 * 8 * 21 * 25 * 16 + 12  # and the totals
+    assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25, 5) == 6 * 5 * 20 * 25 * 16 + 12
+    assert kernel.scratch(p, {**cfg, "levels": 2}) == 6 * 6 * 21 * 25 * 16 + 12  # and the totals
