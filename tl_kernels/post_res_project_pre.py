@@ -19,7 +19,7 @@ def build(p, cfg):
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
     buffers, part = buffers_of(p, cfg), part_of(p, cfg)
     staged = cfg["ahead"] + 1
-    row, rows = row_layouts(p, cfg)
+    row, rows = row_layouts(p, cfg, n)
     T_ = T.dynamic("T")
 
     @T.macro

@@ -19,7 +19,7 @@ def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
     buffers, part = buffers_of(p, cfg), part_of(p, cfg)
-    row, _ = row_layouts(p, cfg)
+    row, parts_row = row_layouts(p, cfg, cfg["block_T"] // part_of(p, cfg))
     T_ = T.dynamic("T")
 
     @T.macro
@@ -31,16 +31,16 @@ def build(p, cfg):
     def work(i, t0, tokens, c0, tiles, held, put_mean, home, outs):
         (x_s,) = tiles
         x_f, square, mean = held
-        for h in T.serial(bt // part):
-            T.clear(square)
+        T.clear(square)
+        for h in T.unroll(bt // part):
             for j in T.unroll(n):
                 for t, c in T.Parallel(part, bc):
                     x_f[t, c] = x_s[i % buffers, h * part + t, j * bc + c]
                 for t, c in T.Parallel(part, bc):
-                    square[t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
-            T.reduce_sum(square, mean, dim=1)
-            for t in T.Parallel(part):
-                put_mean(home, i, h * part + t, mean[t] / K)
+                    square[h, t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
+        T.reduce_sum(square, mean, dim=2)  # of all parts at once: their shuffles wait for each other
+        for h, t in T.Parallel(bt // part, part):
+            put_mean(home, i, h * part + t, mean[h, t] / K)
 
     run = roles(p, cfg, load, n, work, raw=True)
 
@@ -59,9 +59,9 @@ def build(p, cfg):
             x_s = T.alloc_shared((buffers, bt, n * bc), dtype)
             x_f = T.alloc_fragment((part, bc), dtype)
             u_f = T.alloc_fragment((part, bc), ACC)
-            square = T.alloc_fragment((part, bc), ACC)
-            mean = T.alloc_fragment((part,), ACC)
-            T.annotate_layout({x_f: row, u_f: row, square: row})
+            square = T.alloc_fragment((bt // part, part, bc), ACC)
+            mean = T.alloc_fragment((bt // part, part), ACC)
+            T.annotate_layout({x_f: row, u_f: row, square: parts_row})
             run((tx, s, g, s * bc), T_, (x,), (phi, alpha, b), (u, parts), scratch, (x_s,), (x_f, square, mean), x_f, u_f)
 
     return project_pre

@@ -64,8 +64,8 @@ def buffers_of(p, cfg):
     return cfg["ahead"] + max(lag_of(cfg) + cfg["early"], 1 + ceildiv(2 * p.M, cfg["block_T"]))
 
 
-def row_layouts(p, cfg):
-    """[part, block_C] and [n, part, block_C] over the main role: every thread 16 bytes of each row, neighbours beside each other."""
+def row_layouts(p, cfg, of):
+    """[part, block_C] and ``of`` of it over the main role: every thread 16 bytes of each row, neighbours beside each other."""
     bc, threads, vec, part = cfg["block_C"], cfg["threads"], vector_width(p), part_of(p, cfg)
 
     def thread(t, c):
@@ -73,7 +73,7 @@ def row_layouts(p, cfg):
 
     return (
         T.Fragment((part, bc), forward_thread_fn=thread, forward_index_fn=lambda t, c: c % vec),
-        T.Fragment((p.n, part, bc), forward_thread_fn=lambda j, t, c: thread(t, c), forward_index_fn=lambda j, t, c: j * vec + c % vec),
+        T.Fragment((of, part, bc), forward_thread_fn=lambda j, t, c: thread(t, c), forward_index_fn=lambda j, t, c: j * vec + c % vec),
     )
 
 
@@ -150,21 +150,22 @@ def default(p):
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
 
 
-#: What a search begins with, the best of each shape first (results/h100/tune.json, designs.txt).
+#: What a search begins with, the best of each shape first (results/h100/whole/designs.txt).
 SEEDS = tuple(
     dict(zip(("block_T", "block_C", "groups", "threads", "ahead", "levels", "slack", "early"), values, strict=True))
     for values in (
-        (32, 128, 6, 256, 1, 1, 1, 0),
-        (32, 128, 4, 256, 1, 2, 1, 0),
-        (32, 128, 2, 256, 1, 2, 0, 1),
+        (16, 128, 6, 256, 3, 2, 2, 0),
+        (16, 128, 4, 128, 3, 2, 2, 0),
+        (32, 128, 2, 256, 1, 2, 1, 0),
         (32, 256, 13, 256, 1, 1, 1, 1),
-        (16, 128, 6, 256, 3, 2, 1, 0),
         (16, 128, 2, 256, 3, 2, 2, 1),
         (16, 128, 4, 256, 3, 1, 1, 1),
-        (16, 128, 6, 256, 3, 1, 1, 1),
-        (32, 128, 6, 256, 1, 1, 1, 1),
         (16, 128, 6, 256, 3, 2, 2, 1),
-        (16, 128, 4, 256, 3, 2, 2, 1),
+        (32, 128, 6, 256, 1, 1, 1, 1),
+        (16, 128, 6, 256, 3, 1, 1, 1),
+        (32, 128, 2, 256, 1, 2, 0, 1),
+        (32, 128, 4, 256, 1, 2, 1, 0),
+        (16, 128, 4, 256, 3, 2, 2, 0),
         (32, 128, 6, 256, 1, 2, 1, 0),
     )
 )

@@ -23,7 +23,8 @@ CPU = (
     (1, 136, {**RELAY, "ahead": 2}),
     (4, 136, {"slack": 1, "ahead": 3}),
     (4, 264, {**RELAY, "slack": 1, "ahead": 3}),
-    (4, 136, {"groups": 2, "slack": 1}),
+    (4, 136, {"groups": 2, "slack": 1, "early": 1}),
+    (4, 264, {**RELAY, "slack": 2, "ahead": 2}),
 )
 WIDE = {**SMALL, "block_C": 128, "threads": 256}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
@@ -36,10 +37,14 @@ GPU += (
     (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "threads": 128, "ahead": 2}),
     (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "slack": 1}),
     (4, 2560, {**WIDE, "groups": 6, "ahead": 2, "levels": 2, "slack": 1}),
+    (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2}),
+    (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "slack": 1, "early": 1}),
+    (2, 2560, {**WIDE, "block_T": 32, "block_C": 256, "groups": 13, "slack": 1, "early": 1}),
     (4, 4096, {**WIDE, "block_T": 32, "groups": 4, "levels": 2}),
     (4, 4096, {**WIDE, "groups": 4, "threads": 128, "ahead": 2, "levels": 2, "slack": 1}),
     (4, 7168, {**WIDE, "groups": 2, "threads": 128, "ahead": 3, "levels": 2, "slack": 1}),
-    (4, 7168, {**WIDE, "block_T": 32, "groups": 2, "levels": 2}),
+    (4, 7168, {**WIDE, "groups": 2, "ahead": 3, "levels": 2, "slack": 2, "early": 1}),
+    (4, 7168, {**WIDE, "block_T": 32, "groups": 2, "levels": 2, "slack": 1}),
     (4, 7168, None),
     (4, 4096, None),
     (3, 1280, None),
@@ -72,7 +77,7 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
 def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
@@ -87,7 +92,7 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack):
     """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
