@@ -5,9 +5,9 @@ says when it was written (2^-23 of a partial sum, as much as rounding it): it fl
 words of all blocks at once and reads again only where a bit is old: publishing needs no fence, waiting no flag, a word is one access.
 
 ``scratch`` is zero before the first launch; every launch leaves it so that the next one can go on: a group counts the tiles it ever had in
-its first counter, and the last block to leave moves it. Two launches with one scratch must not overlap. Tiles pass through ``ring`` places:
-where a tile is added up d tiles after the main role worked on it, a block that publishes tile k + 2d has added up tile k + d, which its
-peers published after they had added up tile k.
+its first counter, modulo two rounds through the places, and the last block to leave moves it. Two launches with one scratch must not
+overlap. Tiles pass through ``ring`` places: where a tile is added up d tiles after the main role worked on it, a block that publishes tile
+k + 2d has added up tile k + d, which its peers published after they had added up tile k.
 
 Blocks of a group are neighbours in launch order and groups do not wait for each other, so a launch goes on wherever one group is resident.
 """

@@ -26,8 +26,8 @@ def share_of(G, bt, values):
 
 def relay(G, groups, bt, values, every, ring):
     """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; the shape of the words that a
-    block adds up; and macros: ``ask`` for these words, ``add_share`` of them, asking again for those that were not there, ``ask_totals`` and
-    ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
+    block adds up; and macros: ``ask`` for these words, ``add_share`` of them, asking again for those that were not there, ``ask_totals``
+    and ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
     """
     width, share = values * bt, share_of(G, bt, values)
     few = every * bt

@@ -1,9 +1,10 @@
 """The roles of a block's warps in the whole passes (tl_kernels/whole.py), each with a loop of its own: what one holds in registers is not
 held by all.
 
-    main     asks for tiles of the streams, makes u of tile i - lag, works on tile i
+    main     makes u of tile i - lag, asks for a tile, in this order or (``early``) the other, works on tile i when it has arrived
     product  z of tile i - 1 for this slice of the channels, published
-    sums     z of the whole group and H_pre, two tiles after the main role or more; with two levels first a share of the sums, then the rest
+    sums     asks for words of the group, two tiles after the main role or more; makes H_pre of the sums of an iteration before, while the
+             words are on their way: a load cannot be under way across a barrier; then adds up, with two levels a share and the totals
 
 The roles begin every tile together. With barriers between two roles only, so that each goes on as soon as it can, five of six shapes were
 slower (results/notes.md, 2026-11-25): the lag that this order has is what makes up for a block that is late.
@@ -31,13 +32,15 @@ def operand_row(m, part):
 def roles(p, cfg, load, copies, work, raw):
     """A macro that runs all tiles of a block.
 
-    ``load(i, t0, c0, tensors, tiles)`` asks for tile i with ``copies`` copies, ``work(i, t0, tokens, c0, tiles, held, put_mean, home, outs)`` is what the main
-    role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean squares included: macros of the kernel. ``raw``:
-    whether the product takes the streams as they arrived. ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the
-    others are ``work``'s.
+    ``load(i, t0, c0, tensors, tiles)`` asks for tile i with ``copies`` copies, ``work(i, t0, tokens, c0, tiles, held, put_mean, home,
+    outs)`` is what the main role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean squares included: macros of
+    the kernel. ``raw``: whether the streams alone are loaded, and the product takes them as they arrived. ``tensors`` and ``tiles`` begin
+    with the streams, ``outs`` with u and parts; the others are ``work``'s. Of the streams a thread of the main role asks for, works on and
+    makes u of the same 16 bytes of every row, so that no barrier stands between these.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
-    bt, bc, groups, threads, ahead, levels, early = (cfg[k] for k in ("block_T", "block_C", "groups", "threads", "ahead", "levels", "early"))
+    bt, bc, groups, threads = (cfg[k] for k in ("block_T", "block_C", "groups", "threads"))
+    ahead, levels, early = (cfg[k] for k in ("ahead", "levels", "early"))
     N, G, part, step, lag, buffers = padded(M, 32), group_of(p, cfg), part_of(p, cfg), groups * bt, lag_of(cfg), buffers_of(p, cfg)
     summed, totalled = read_after(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
@@ -50,7 +53,7 @@ def roles(p, cfg, load, copies, work, raw):
 
     @T.macro
     def stage(c0, phi, x_s):
-        """phi's slice into places of the streams that no tile has yet, while the main role is at its first: its high parts, then its low ones."""
+        """phi's slice into places of the streams that no tile has yet, while the main role is at its first: high parts, then low ones."""
         for j in T.unroll(n):
             for m, c in T.Parallel(M, bc):
                 # no condition: channels beyond the streams' meet zeros. Under one, TileLang takes the T.min out and loads before it
@@ -92,7 +95,6 @@ def roles(p, cfg, load, copies, work, raw):
             h = gain[t, q] * T.if_then_else(rinv > 0, total_s[i % 2, q * bt + t] * rinv, 0.0) + bias[t, q]
             pre_s[tile % 2, t, q] = sigmoid(h) + pre_eps
 
-    # While words are on their way H_pre is made of the sums of an iteration before: a load cannot be under way across a barrier.
     @T.macro
     def add_all(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, affine, parts):
         words = T.alloc_fragment((G, count), "uint32")
@@ -184,12 +186,11 @@ def roles(p, cfg, load, copies, work, raw):
                     give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u)
                 if early == 0:
                     go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
-                # a thread asks for what it has itself read, and reads what it asked for, so there is no barrier
                 T.ptx_wait_group(ahead * copies)
                 if raw:
                     T.fence_proxy_async()
                 else:
-                    T.sync_threads(MAIN, threads)
+                    T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, put_mean, (scratch, g, s, epoch), outs[2:])
         elif tx < threads + ROLE:

@@ -5,8 +5,8 @@ of the channels and of phi each, and meets in global memory (tl_kernels/meeting.
 The warps of a block have roles, each at another tile (tl_kernels/roles.py): ``ahead`` tiles are on their way while one is worked on, and
 those whose H_pre is not known yet wait on chip.
 
-Words of the peers are read right after they were published, when a peer that is a little behind has not published them yet, and are asked
-for again; ``slack`` is how many tiles later they are read, each time, for room on chip.
+Words of the peers are asked for right after they were published, when a peer that is a little behind has not published them yet, and then
+again. With ``slack`` 1 they are asked for a tile later, with 2 the totals of ``levels: 2`` too, for room on chip.
 """
 
 import tilelang.language as T
@@ -58,8 +58,8 @@ def scratch_of(p, cfg):
 
 
 def buffers_of(p, cfg):
-    """Tiles of the streams on chip: a tile is asked for when u of the one in its place is made, or ``early``, before, into a place more. phi
-    passes through those not in use yet.
+    """Tiles of the streams on chip: a tile is asked for when u of the one in its place is made, or ``early``, before, into a place more.
+    phi passes through those not in use yet.
     """
     return cfg["ahead"] + max(lag_of(cfg) + cfg["early"], 1 + ceildiv(2 * p.M, cfg["block_T"]))
 
@@ -143,16 +143,19 @@ def default(p):
     """For about 132 multiprocessors; narrow slices where C is small, so that there are blocks enough."""
     bc = 64 if p.C <= 1024 else 128 if p.C <= MOST_BLOCKS * 128 else 256
     groups = max(1, 132 // ceildiv(p.C, bc))
+    first = ((16, 256, 3, 2, 2),) if p.n > 2 else ()
     cfgs = [
-        {"block_T": bt, "block_C": bc, "groups": groups, "threads": threads, "ahead": ahead, "levels": levels, "slack": 1, "early": 0}
-        for bt, threads, ahead, levels in ((32, 256, 1, 1), (16, 256, 3, 1), (16, 256, 3, 2), (16, 128, 1, 1))
+        dict(zip(KNOBS, (bt, bc, groups, threads, ahead, levels, slack, 0), strict=True))
+        for bt, threads, ahead, levels, slack in (*first, (32, 256, 1, 1, 1), (16, 256, 3, 1, 1), (16, 256, 3, 2, 2), (16, 128, 1, 1, 1))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
 
 
+#: The order of a configuration's knobs below.
+KNOBS = ("block_T", "block_C", "groups", "threads", "ahead", "levels", "slack", "early")
 #: What a search begins with, the best of each shape first (results/h100/whole/designs.txt).
 SEEDS = tuple(
-    dict(zip(("block_T", "block_C", "groups", "threads", "ahead", "levels", "slack", "early"), values, strict=True))
+    dict(zip(KNOBS, values, strict=True))
     for values in (
         (16, 128, 6, 256, 3, 2, 2, 0),
         (16, 128, 4, 128, 3, 2, 2, 0),

@@ -8,8 +8,9 @@ from tl_kernels import KERNELS, WHOLE
 from tl_kernels.cpu import available, compile_cpu
 from tl_kernels.launch import Launcher
 from tl_kernels.meeting import scratch_size
-from tl_kernels.whole import group_of
+from tl_kernels.whole import group_of, shared_bytes
 from tuner import gate
+from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
@@ -68,6 +69,7 @@ CASES += [
     )
     for name in WHOLE
     for n, C, cfg in GPU
+    if cfg is None or KERNELS[name].invalid(KERNELS[name].problem(n, C), cfg) is None  # one of the two has more on chip
 ]
 
 
@@ -143,12 +145,23 @@ def test_rules_of_a_configuration(name):
         ({"block_T": 16, "block_C": 64}, "divisor of block_T=16 tokens at a time, not 32"),
         ({"groups": 16}, "groups=16: 320 blocks"),
         ({"ahead": 6}, "bytes of shared memory"),
+        ({"slack": 2}, "slack=2, levels=1: wanted at most one for each time that words are read"),
         ({"block_C": 256}, "256 registers a thread for 1024 channels of phi, wanted at most 128"),
     ):
         assert why in kernel.invalid(p, {**good, **change})
     assert "each adds up at most 128 values" in kernel.invalid(kernel.problem(4, 256), {**good, "block_T": 16, "levels": 2})
     assert "128 blocks to a group, wanted at most 72" in kernel.invalid(kernel.problem(4, 16384), {**good, "groups": 1})
     assert "112 words a thread would spill" in kernel.invalid(kernel.problem(4, 7168), {**good, "groups": 2})
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(("n", "C"), [(4, 2560), (2, 520)])
+def test_shared_memory_is_known_exactly(name, n, C):
+    kernel = KERNELS[name]
+    p = kernel.problem(n, C)
+    for change in ({}, {"levels": 2, "slack": 2}, {"early": 1, "ahead": 2}):
+        cfg = {**SMALL, "block_C": 128, **change}
+        assert shared_bytes(p, cfg, name == "post_res_project_pre") == lowered_shared_bytes(kernel, kernel.build(p, cfg), cfg, "sm_90a")
 
 
 @pytest.mark.parametrize("name", WHOLE)
