@@ -108,6 +108,7 @@ class Entry(_Strict):
     error: Annotated[dict[str, NotNegative], Field(description="relative error of each output against the fp64 reference")]
     source_hash: Annotated[Text, Field(description="Kernel.source_hash when this was tuned")]
     default_ci_us: Annotated[Interval, Field(description="confidence interval of default_us")] = None
+    default_config: Annotated[dict[str, Knob] | None, Field(description="the default of default_us; the kernel's may have changed")] = None
     runner_up_ci_us: Annotated[Interval, Field(description="confidence interval of runner_up_us")] = None
     gain_ci: Annotated[
         tuple[float, float] | None,

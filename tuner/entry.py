@@ -54,6 +54,7 @@ def stored_entry(search: Search, hardware: Hardware, copy_gbps: float, found: Co
         "copy_share": round(gbps / copy_gbps, 4),
         "default_us": round(verdict.default_us, 3),
         "default_ci_us": _rounded(verdict.default_ci_us),
+        "default_config": dict(search.default),
         "runner_up_us": None if verdict.runner_up_us is None else round(verdict.runner_up_us, 3),
         "runner_up_ci_us": _rounded(verdict.runner_up_ci_us),
         "gain_ci": None if verdict.gain_ci is None else (round(verdict.gain_ci[0], 5), round(verdict.gain_ci[1], 5)),

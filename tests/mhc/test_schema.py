@@ -80,6 +80,7 @@ def test_a_profile_keeps_every_value_and_type():
 #: What later tuners add to an entry.
 EVIDENCE: dict[str, Any] = {
     "default_ci_us": [139.5, 141],
+    "default_config": {"block_C": 128, "threads": 64},
     "runner_up_ci_us": [126.6, 127.5],
     "gain_ci": [0.09, 0.1],
     "trials": 16,
