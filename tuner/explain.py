@@ -201,10 +201,11 @@ class _Page:
 
     def _times(self, entry: Entry) -> Table:
         table = self._table("", "us", "95% interval", "GB/s", "of copy")
-        serves = "PyTorch" if entry.impl == "reference" else "default" if entry.verdict != "win" else "tuned"
+        default = "default then" if self._changed(entry) else "default"
+        serves = "PyTorch" if entry.impl == "reference" else default if entry.verdict != "win" else "tuned"
         rows: list[tuple[str, float, tuple[float, float] | None]] = [(serves, entry.time_us, entry.time_ci_us)]
-        if serves != "default":
-            rows.append(("default then" if self._changed(entry) else "default", entry.default_us, entry.default_ci_us))
+        if serves != default:
+            rows.append((default, entry.default_us, entry.default_ci_us))
         if entry.runner_up_us is not None:
             rows.append(("runner-up", entry.runner_up_us, entry.runner_up_ci_us))
         for label, us, interval in rows:

@@ -107,11 +107,14 @@ def test_an_exact_entry_with_all_that_speaks_for_it(said):
 
 
 def test_the_default_it_was_compared_with_is_shown_where_it_has_changed(said):
-    now, then = KERNELS["pre"].default(KERNELS["pre"].problem(4, 2560)), {"block_C": 64, "threads": 64}
+    now, then = KERNELS["pre"].default(KERNELS["pre"].problem(4, 2560)), {"block_C": 256, "threads": 32}
     _, text = said("8192x4x2560", entry(config=dict(now), default_config=then, **WIN))
-    assert line(text, "block_C").split()[1:] == [str(now["block_C"]), str(now["block_C"]), "64"]
+    assert line(text, "block_C").split()[1:] == [str(now["block_C"]), str(now["block_C"]), "256"]
     assert line(text, "default then").split()[2:6] == ["100.0", "99.0", "to", "101.0"]
+    _, text = said("8192x4x2560", entry(config=then, default_config=then, verdict="default"))
+    assert line(text, "default then").split()[2:3] == ["100.0"]
     _, text = said("8192x4x1280", entry(config=then, default_config=dict(now), **WIN))
+    assert line(text, "default").split()[1] == "100.0"
     assert "default then" not in text
 
 
