@@ -66,7 +66,7 @@ def build(p, cfg):
                 put_mean(home, i, t1 + t, mean[t] / K)
         T.fence_proxy_async()
 
-    run = roles(p, cfg, load, n + 3, work, raw=False)
+    run = roles(p, cfg, load, work, raw=False)
 
     @T.prim_func
     def post_res_project_pre(

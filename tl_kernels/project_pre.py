@@ -19,7 +19,7 @@ def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
     buffers, part = buffers_of(p, cfg), part_of(p, cfg)
-    row, parts_row = row_layouts(p, cfg, cfg["block_T"] // part_of(p, cfg))
+    row, parts_row = row_layouts(p, cfg, bt // part)
     T_ = T.dynamic("T")
 
     @T.macro
@@ -38,11 +38,11 @@ def build(p, cfg):
                     x_f[t, c] = x_s[i % buffers, h * part + t, j * bc + c]
                 for t, c in T.Parallel(part, bc):
                     square[h, t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
-        T.reduce_sum(square, mean, dim=2)  # of all parts at once: their shuffles wait for each other
+        T.reduce_sum(square, mean, dim=2)  # of all parts at once, so that their shuffles overlap
         for h, t in T.Parallel(bt // part, part):
             put_mean(home, i, h * part + t, mean[h, t] / K)
 
-    run = roles(p, cfg, load, n, work, raw=True)
+    run = roles(p, cfg, load, work, raw=True)
 
     @T.prim_func
     def project_pre(

@@ -29,14 +29,14 @@ def operand_row(m, part):
     return m // 8 * 16 + part * 8 + m % 8
 
 
-def roles(p, cfg, load, copies, work, raw):
+def roles(p, cfg, load, work, raw):
     """A macro that runs all tiles of a block.
 
-    ``load(i, t0, c0, tensors, tiles)`` asks for tile i with ``copies`` copies, ``work(i, t0, tokens, c0, tiles, held, put_mean, home,
-    outs)`` is what the main role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean squares included: macros of
-    the kernel. ``raw``: whether the streams alone are loaded, and the product takes them as they arrived. ``tensors`` and ``tiles`` begin
-    with the streams, ``outs`` with u and parts; the others are ``work``'s. Of the streams a thread of the main role asks for, works on and
-    makes u of the same 16 bytes of every row, so that no barrier stands between these.
+    ``load(i, t0, c0, tensors, tiles)`` asks for tile i, with a copy a stream and one for each tensor beside them, ``work(i, t0, tokens, c0,
+    tiles, held, put_mean, home, outs)`` is what the main role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean
+    squares included: macros of the kernel. ``raw``: whether the streams alone are loaded, and the product takes them as they arrived.
+    ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the others are ``work``'s. Of the streams a thread of the
+    main role asks for, works on and makes u of the same 16 bytes of every row, so that no barrier stands between these.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = (cfg[k] for k in ("block_T", "block_C", "groups", "threads"))
@@ -148,7 +148,7 @@ def roles(p, cfg, load, copies, work, raw):
         if i < mine:
             load(i, t0, c0, tensors, tiles)
         else:
-            for _ in T.unroll(copies):
+            for _ in T.unroll(n + len(tiles) - 1):
                 T.ptx_commit_group()
 
     @T.macro
@@ -186,7 +186,7 @@ def roles(p, cfg, load, copies, work, raw):
                     give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u)
                 if early == 0:
                     go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
-                T.ptx_wait_group(ahead * copies)
+                T.ptx_wait_group(ahead * (n + len(tiles) - 1))
                 if raw:
                     T.fence_proxy_async()
                 else:

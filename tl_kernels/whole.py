@@ -102,9 +102,10 @@ def most_words(p, cfg):
 
 def shared_bytes(p, cfg, mixes):
     """Shared memory; ``mixes``: whether tiles of f, H_post and H_res stand beside those of the streams."""
-    bt, kb, staged, two = cfg["block_T"], p.n * cfg["block_C"], cfg["ahead"] + 1, cfg["levels"] == 2
+    bt, kb, staged = cfg["block_T"], p.n * cfg["block_C"], cfg["ahead"] + 1
     beside = staged * bt * (cfg["block_C"] * p.itemsize + 4 * (p.n + p.n * p.n)) if mixes else 0
-    return buffers_of(p, cfg) * bt * kb * p.itemsize + beside + 4 * (2 * (p.n + 1) * bt + 2 * bt * p.n + (ROLE if two else 0))
+    sums = 2 * bt * (p.n + 1) + 2 * bt * p.n + (ROLE if cfg["levels"] == 2 else 0)
+    return buffers_of(p, cfg) * bt * kb * p.itemsize + beside + 4 * sums
 
 
 def invalid(p, cfg, mixes=True):
@@ -139,23 +140,34 @@ def unserved(p):
     return invalid(p, default(p))
 
 
+#: What a search may choose from; configurations below are in this order.
+SPACE = {
+    "block_T": (16, 32),
+    "block_C": (64, 128, 256),
+    "groups": (1, 2, 4, 6, 8, 13, 16),
+    "threads": (128, 256),
+    "ahead": (1, 2, 3),
+    "levels": (1, 2),
+    "slack": (0, 1, 2),
+    "early": (0, 1),
+}
+
+
 def default(p):
     """For about 132 multiprocessors; narrow slices where C is small, so that there are blocks enough."""
     bc = 64 if p.C <= 1024 else 128 if p.C <= MOST_BLOCKS * 128 else 256
     groups = max(1, 132 // ceildiv(p.C, bc))
     first = ((16, 256, 3, 2, 2),) if p.n > 2 else ()
     cfgs = [
-        dict(zip(KNOBS, (bt, bc, groups, threads, ahead, levels, slack, 0), strict=True))
+        dict(zip(SPACE, (bt, bc, groups, threads, ahead, levels, slack, 0), strict=True))
         for bt, threads, ahead, levels, slack in (*first, (32, 256, 1, 1, 1), (16, 256, 3, 1, 1), (16, 256, 3, 2, 2), (16, 128, 1, 1, 1))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
 
 
-#: The order of a configuration's knobs below.
-KNOBS = ("block_T", "block_C", "groups", "threads", "ahead", "levels", "slack", "early")
 #: What a search begins with, the best of each shape first (results/h100/whole/designs.txt).
 SEEDS = tuple(
-    dict(zip(KNOBS, values, strict=True))
+    dict(zip(SPACE, values, strict=True))
     for values in (
         (16, 128, 6, 256, 3, 2, 2, 0),
         (16, 128, 4, 128, 3, 2, 2, 0),
@@ -175,16 +187,7 @@ SEEDS = tuple(
 
 
 def space(p):
-    return {
-        "block_T": (16, 32),
-        "block_C": (64, 128, 256),
-        "groups": (1, 2, 4, 6, 8, 13, 16),
-        "threads": (128, 256),
-        "ahead": (1, 2, 3),
-        "levels": (1, 2),
-        "slack": (0, 1, 2),
-        "early": (0, 1),
-    }
+    return SPACE
 
 
 def pass_configs(cfg):

@@ -184,8 +184,8 @@ class _Page:
     def _configs(self) -> Table:
         default = dict(self.kernel.default(self.p))
         columns = {"runs with": dict(self.choice.config), "default": default}
-        if self.entry is not None and self.entry.default_config and self._changed(self.entry):
-            columns["default then"] = dict(self.entry.default_config)
+        if self.entry is not None and (then := self._default_then(self.entry)) is not None:
+            columns["default then"] = then
         if self.stale and self.entry is not None:
             columns["stale entry"] = dict(self.entry.config)
         table = self._table("knob", *columns)
@@ -194,14 +194,14 @@ class _Page:
             table.add_row(knob, *map(escape, cells), style=None if len(set(cells)) == 1 else "bold")
         return table
 
-    def _changed(self, entry: Entry) -> bool:
-        """Whether the kernel's default at the entry's shape is another one than it was compared with."""
-        p = self.kernel.problem(entry.n, entry.C, entry.dtype)
-        return entry.default_config is not None and entry.default_config != dict(self.kernel.default(p))
+    def _default_then(self, entry: Entry) -> dict[str, Any] | None:
+        """The default an entry was compared with, where the kernel's at that shape is another one today."""
+        today = dict(self.kernel.default(self.kernel.problem(entry.n, entry.C, entry.dtype)))
+        return None if entry.default_config in (None, today) else entry.default_config
 
     def _times(self, entry: Entry) -> Table:
         table = self._table("", "us", "95% interval", "GB/s", "of copy")
-        default = "default then" if self._changed(entry) else "default"
+        default = "default" if self._default_then(entry) is None else "default then"
         serves = "PyTorch" if entry.impl == "reference" else default if entry.verdict != "win" else "tuned"
         rows: list[tuple[str, float, tuple[float, float] | None]] = [(serves, entry.time_us, entry.time_ci_us)]
         if serves != default:

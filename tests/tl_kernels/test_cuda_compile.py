@@ -15,7 +15,7 @@ import pytest
 from tl_kernels import KERNELS, NAMES, WHOLE
 from tl_kernels.launch import compile_kernel
 from tl_kernels.spec import SHARED_LIMIT
-from tl_kernels.whole import KNOBS
+from tl_kernels.whole import SPACE
 from tuner.fingerprint import fingerprint
 
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -130,7 +130,7 @@ def places_of_threads(source, place, threads):
 )
 def test_a_thread_copies_what_it_reads(name, cfg):
     """Between a tile's last use, the copy of the next one into its place and the first use of that there is no barrier."""
-    kernel, cfg = KERNELS[name], dict(zip(KNOBS, cfg, strict=True))
+    kernel, cfg = KERNELS[name], dict(zip(SPACE, cfg, strict=True))
     p = kernel.problem(4, 2560)
     place, threads = cfg["block_T"] * 4 * cfg["block_C"], cfg["threads"]
     first, *others = places_of_threads(compile_kernel(kernel, p, cfg, "sm_90a").get_kernel_source(), place, threads)
