@@ -25,7 +25,8 @@ FUSED = (
 )
 #: Shortcuts of the fused boundary for problems they serve (``Kernel.unserved``), on Hopper and later.
 WHOLE = ("project_pre", "post_res_project_pre")
-NAMES = STEPS + FUSED + WHOLE
+BACKWARD = ("pre_streams_grad",)
+NAMES = STEPS + FUSED + WHOLE + BACKWARD
 
 
 class _Registry(Mapping[str, Kernel]):

@@ -144,7 +144,7 @@ def _lower_tile_ops(func):
         name = getattr(getattr(call, "op", None), "name", "")
         if name == "tl.tileop.async_copy":
             return tile_op("tl.tileop.copy", *call.args)
-        if name == "tl.tileop.gemm":
+        if name in ("tl.tileop.gemm", "tl.tileop.wgmma_gemm"):
             return _lower_gemm(call)
         if name in NOTHING:
             return tirx.Evaluate(0)

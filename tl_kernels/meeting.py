@@ -31,6 +31,19 @@ def tag(use, ring):
     return T.bitwise_xor(T.bitwise_and(use // ring, T.uint32(1)), T.uint32(1))
 
 
+def leave_of(G, counters, ring):
+    """Macro ``leave``."""
+
+    @T.macro
+    def leave(scratch, g, epoch, tiles):
+        """By one thread, when the block is done."""
+        if T.atomic_add(scratch[counters + 2 * g + 1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G - 1):
+            scratch[counters + 2 * g + 1] = T.uint32(0)
+            scratch[counters + 2 * g] = (epoch + T.cast(tiles, "uint32")) % T.uint32(2 * ring)
+
+    return leave
+
+
 def meeting(G, groups, bt, values, every, ring):
     """Macros ``publish``, ``begin``, ``ask``, ``add_up``, ``write_out`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
 
@@ -107,11 +120,4 @@ def meeting(G, groups, bt, values, every, ring):
             if t0 + at[e] % bt < until[e]:
                 out[0, at[e] // bt, t0 + at[e] % bt] = total[e]
 
-    @T.macro
-    def leave(scratch, g, epoch, tiles):
-        """By one thread, when the block is done."""
-        if T.atomic_add(scratch[counters + 2 * g + 1], T.uint32(1), memory_order="acq_rel", return_prev=True) == T.uint32(G - 1):
-            scratch[counters + 2 * g + 1] = T.uint32(0)
-            scratch[counters + 2 * g] = (epoch + T.cast(tiles, "uint32")) % T.uint32(2 * ring)
-
-    return sums, counters, number, publish, begin, ask, add_up, write_out, leave
+    return sums, counters, number, publish, begin, ask, add_up, write_out, leave_of(G, counters, ring)

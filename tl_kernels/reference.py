@@ -124,6 +124,15 @@ def streams_grad(dy, du, x, dzs, H_pre, H_res, phi):
     return dx, (dz @ v)[None]
 
 
+def pre_streams_grad(dy, du, x, dzs, dab, zs, alpha, b, H_pre, H_res, phi):
+    """:func:`pre_grad`, H_pre's part of :func:`coefficients_bwd`, and :func:`streams_grad`; dzs and dab come with the other parts of it."""
+    n = x.shape[1]
+    nothing = x.new_zeros(x.shape[0], n), x.new_zeros(x.shape[0], n, n)
+    more, dab_more = coefficients_bwd(pre_grad(du, x), *nothing, zs, alpha, b, iters=0)
+    dx, dphi = streams_grad(dy, du, x, torch.cat([more[:n], dzs[n:-1], dzs[-1:] + more[-1:]]), H_pre, H_res, phi)
+    return dx, dphi, dab.sum(0, keepdim=True) + dab_more
+
+
 def post_res_grads(dy, x, f, H_post):
     """Gradients of :func:`post_res` but dx: df = sum_i H_post[i] dy[i], dH_post[i] = <f, dy[i]>, dH_res[i,j] = <x[j], dy[i]>."""
     df = torch.einsum("ti,tic->tc", H_post, dy)

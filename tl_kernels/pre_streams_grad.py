@@ -1,0 +1,496 @@
+"""``pre_grad`` and ``streams_grad`` in one: x and du come from memory once, 13u instead of 18u at n = 4.
+
+dH_pre[j] = <x[j], du> takes a token's whole row, dx and dphi a slice of the channels of many tokens. So a block has two roles:
+
+    main   ``streams_grad`` of tile i - LAG for its slice of the channels, as tl_kernels/streams_grad.py has it
+    rows   sums of dH_pre for some pieces of rows of tile i, all channels among the group's blocks, published in global memory;
+           then the sums of all for tile i - LAG + 1, which dz and c of that tile are made of, for the main role's next iteration
+
+What rows reads first, the main roles of the group read again one iteration later, while it is in L2. Words of 32 bits whose lowest
+mantissa bit says when they were written need no fence and no flag (tl_kernels/meeting.py).
+"""
+
+import tilelang.language as T
+
+from tl_kernels import reference
+from tl_kernels.coefficients import sigmoid
+from tl_kernels.meeting import ROLE, leave_of, tag
+from tl_kernels.mma import ACC, high, low, padded
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
+from tl_kernels.streams_grad import DX, PAD, dphi_rows, slice_columns, slices
+
+#: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
+TOP, MAIN, ROWS, GATES = 3, 4, 5, 6
+WARPS = ROLE // 32
+#: Rows of dab added up at a time.
+LANES = 16
+
+
+def build(p, cfg):
+    n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
+    bt, bc, splits, threads = cfg["block_T"], cfg["block_C"], cfg["splits"], cfg["threads"]
+    N, kb, kp, width, wide = padded(M, 16), n * bc, dphi_rows(p, cfg), bc // slices(cfg), slice_columns(p, cfg)
+    kg = slices(cfg) * wide
+    LAG, RING = cfg["lag"], ring_of(cfg)
+    streams = tuple(range(n))
+    rows = T.GemmWarpPolicy.FullRow
+    everyone = threads + 2 * ROLE
+    vec, G = vector_width(p), ceildiv(C, bc)
+    lanes, pieces = pieces_of(p)
+    units = bt * pieces  # pieces of rows in a tile, shared out among the blocks of a group
+    few = ceildiv(units, G)  # that a block has at most
+    beside = ROLE // lanes
+    rounds = ceildiv(few, beside)
+    turns = tuple(range(rounds))
+    whole = C % (lanes * vec) == 0
+    words = n * pieces
+    counters = splits * RING * words * bt
+    rest = M - n + 1
+    share = ceildiv(pieces, 2)  # pieces that a thread adds up: two to a token
+    leave = leave_of(G, counters, RING)
+    registers = registers_of(cfg)
+    L, across = M + 3, padded(M + 3, ROLE // LANES)
+    DIAG = __import__("os").environ.get("DIAG", "")
+    if DIAG == "norows":
+        turns = turns[:1]
+    T_ = T.dynamic("T")
+    S2_ = T.dynamic("S2")
+
+    def column(j, c):
+        return c // width * wide + j * width + c % width
+
+    def number(epoch, tile):
+        return epoch + T.cast(tile + 2 * RING, "uint32")
+
+    def place(s, use, q, t):
+        return ((s * RING + T.cast(use % RING, "int32")) * words + q) * bt + t
+
+    def halves(size):
+        """[size, 2, bt]: a thread has half of what belongs to a token."""
+        return T.Fragment((size, 2, bt), forward_thread_fn=lambda q, half, t: half * bt + t, forward_index_fn=lambda q, half, t: q)
+
+    def token(size):
+        return T.Fragment((size, bt), forward_thread_fn=lambda q, t: t, forward_index_fn=lambda q, t: q)
+
+    def scalar():
+        return T.Fragment((bt,), forward_thread_fn=lambda t: t, forward_index_fn=lambda t: 0)
+
+    def vector():
+        return T.Fragment(
+            (WARPS, 32, vec), forward_thread_fn=lambda w, lane, k: w * 32 + lane, forward_index_fn=lambda w, lane, k: k
+        )
+
+    def own():
+        return T.Fragment((WARPS, 32), forward_thread_fn=lambda w, lane: w * 32 + lane, forward_index_fn=lambda w, lane: 0)
+
+    @T.macro
+    def load(tile, t0, c0, tensors, tiles):
+        dy, du, x, H_pre, H_res = tensors
+        dy_s, du_s, x_s, pre_s, res_s = tiles
+        for j in T.unroll(n):
+            T.async_copy(x[t0 : t0 + bt, j, c0 : c0 + bc], x_s[tile % 2, :, j * bc : j * bc + bc])
+            T.async_copy(dy[t0 : t0 + bt, j, c0 : c0 + bc], dy_s[tile % 2, :, j * bc : j * bc + bc])
+        T.async_copy(du[t0 : t0 + bt, c0 : c0 + bc], du_s[tile % 2, :, 0:bc])
+        T.async_copy(H_res[t0 : t0 + bt, :, :], res_s[tile % 2, :, :, :])
+        T.async_copy(H_pre[t0 : t0 + bt, :], pre_s[tile % 2, :, :])
+
+    @T.macro
+    def ask_rows(first, t0, tokens, x, du, into):
+        """A piece of a row of each stream and of du, from unit ``first`` of the tile that begins at t0."""
+        for j in streams:
+            for w, lane, k in T.Parallel(WARPS, 32, vec):
+                e = T.min(first + w * 32 // lanes, units - 1)
+                c = T.min((e % pieces * lanes + w * 32 % lanes + lane) * vec, C - vec)
+                into[j][w, lane, k] = x[T.min(t0 + e // pieces, tokens - 1), j, c + k]
+        for w, lane, k in T.Parallel(WARPS, 32, vec):
+            e = T.min(first + w * 32 // lanes, units - 1)
+            c = T.min((e % pieces * lanes + w * 32 % lanes + lane) * vec, C - vec)
+            into[n][w, lane, k] = du[T.min(t0 + e // pieces, tokens - 1), c + k]
+
+    @T.macro
+    def add_rows(r, first, rows_f, held, part_s):
+        """What they add to dH_pre, a sum a warp."""
+        wide_f, dwide_f, sums_f, total = held
+        for w, lane, k in T.Parallel(WARPS, 32, vec):
+            dwide_f[w, lane, k] = rows_f[n][w, lane, k]
+        for j in streams:
+            for w, lane, k in T.Parallel(WARPS, 32, vec):
+                wide_f[w, lane, k] = rows_f[j][w, lane, k]
+            T.clear(sums_f[j])
+            for k in T.unroll(vec):
+                for w, lane in T.Parallel(WARPS, 32):
+                    sums_f[j][w, lane] += wide_f[w, lane, k] * dwide_f[w, lane, k]
+            if not whole:  # channels past the last count nothing
+                for w, lane in T.Parallel(WARPS, 32):
+                    e = T.min(first + r * beside + w * 32 // lanes, units - 1)
+                    if (e % pieces * lanes + w * 32 % lanes + lane) * vec >= C:
+                        sums_f[j][w, lane] = 0.0
+        for j in streams:
+            T.reduce_sum(sums_f[j], total, dim=1)
+            for w in T.Parallel(WARPS):
+                part_s[r, j, w] = total[w]
+
+    @T.prim_func
+    def pre_streams_grad(
+        dy: T.Tensor((T_, n, C), dtype),
+        du: T.Tensor((T_, C), dtype),
+        x: T.Tensor((T_, n, C), dtype),
+        dzs: T.Tensor((M + 1, T_), ACC),
+        dab_S: T.Tensor((S2_, L), ACC),
+        zs: T.Tensor((M + 1, T_), ACC),
+        alpha: T.Tensor((3,), ACC),
+        b: T.Tensor((M,), ACC),
+        H_pre: T.Tensor((T_, n), ACC),
+        H_res: T.Tensor((T_, n, n), ACC),
+        phi: T.Tensor((M, K), ACC),
+        dx: T.Tensor((T_, n, C), dtype),
+        dphi: T.Tensor((splits, M, K), ACC),
+        dab: T.Tensor((splits, L), ACC),
+        scratch: T.Tensor((scratch_of(p, cfg),), "uint32"),
+    ):
+        with T.Kernel(G, splits, threads=everyone) as (block, s):
+            tx = T.get_thread_binding()
+            c0 = block * bc
+            x_s = T.alloc_shared((2, bt, kp), dtype)
+            dy_s = T.alloc_shared((2, bt, kb + PAD), dtype)
+            du_s = T.alloc_shared((2, bt, bc + PAD), dtype)
+            res_s = T.alloc_shared((2, bt, n, n), ACC)
+            pre_s = T.alloc_shared((2, bt, n), ACC)
+            dz_hi = T.alloc_shared((2, N, bt), dtype)
+            dz_lo = T.alloc_shared((2, N, bt), dtype)
+            c_s = T.alloc_shared((2, bt), ACC)
+            phi_hi = T.alloc_shared((N, kg), dtype)
+            phi_lo = T.alloc_shared((N, kg), dtype)
+            dzs_s = T.alloc_shared((2, rest, bt), ACC)
+            zs_s = T.alloc_shared((2, n + 1, bt), ACC)
+            part_s = T.alloc_shared((rounds, n, WARPS), ACC)
+            dab_s = T.alloc_shared((LANES, across), ACC)
+            sum_s = T.alloc_shared((2, n + 1, bt), ACC)
+            g_TK = T.alloc_fragment((bt, kg), ACC)
+            dphi_KN = T.alloc_fragment((kp, N), ACC)
+            dy_f = T.alloc_fragment((n, bt, bc), dtype)
+            du_f = T.alloc_fragment((bt, bc), dtype)
+            x_f = T.alloc_fragment((bt, bc), dtype)
+            row_fs = [[T.alloc_fragment((WARPS, 32, vec), dtype) for _ in range(n + 1)] for _ in range(rounds)]
+            wide_f = T.alloc_fragment((WARPS, 32, vec), ACC)
+            dwide_f = T.alloc_fragment((WARPS, 32, vec), ACC)
+            sums_f = [T.alloc_fragment((WARPS, 32), ACC) for _ in range(n)]
+            total = T.alloc_fragment((WARPS,), ACC)
+            held = (wide_f, dwide_f, sums_f, total)
+            word = T.alloc_fragment((share * n, 2, bt), "uint32")
+            old = T.alloc_fragment((2, bt), "uint32")
+            sum = T.alloc_fragment((n, 2, bt), ACC)
+            slope = T.alloc_fragment((n, bt), ACC)
+            dh = T.alloc_fragment((n, bt), ACC)
+            db = T.alloc_fragment((n, bt), ACC)
+            bias = T.alloc_fragment((n, bt), ACC)
+            gain = T.alloc_fragment((bt,), ACC)
+            dalpha = T.alloc_fragment((bt,), ACC)
+            dots = T.alloc_fragment((bt,), ACC)
+            T.annotate_layout(
+                {
+                    word: halves(share * n),
+                    sum: halves(n),
+                    old: T.Fragment((2, bt), forward_thread_fn=lambda half, t: half * bt + t, forward_index_fn=lambda half, t: 0),
+                    **{v: token(n) for v in (dh, db, bias, slope)},
+                    **{v: scalar() for v in (gain, dalpha, dots)},
+                }
+            )
+            epoch = T.alloc_var("uint32")
+            epoch = scratch[counters + 2 * s]
+            mine = T.max(T.ceildiv(T.ceildiv(T_, bt) - s, splits), 0)
+
+            if tx < ROLE:
+                if registers is not None:
+                    T.set_max_nreg(registers[2], 0)
+                for st in T.unroll(2):
+                    for m, t in T.Parallel(N, bt):
+                        dz_hi[st, m, t] = 0
+                    for m, t in T.Parallel(N, bt):
+                        dz_lo[st, m, t] = 0
+                for q, t in T.Parallel(n, bt):
+                    bias[q, t] = b[q]
+                for t in T.Parallel(bt):
+                    gain[t] = alpha[0]
+                T.clear(db)
+                T.clear(dalpha)
+                for i in T.serial(mine + LAG):
+                    tile = i - LAG + 1  # whose dz is made
+                    t0 = (tile * splits + s) * bt
+                    st = (i + 1) % 2
+                    T.ptx_wait_group(0)
+                    T.sync_threads(TOP, everyone)
+                    if tile >= 0 and tile < mine:
+                        use = number(epoch, tile)
+                        for q, half, t in T.Parallel(share * n, 2, bt):
+                            at = T.min(half * share + q // n, pieces - 1) * n + q % n
+                            word[q, half, t] = T.atomic_load(scratch[place(s, use, at, t)], memory_order="relaxed")
+                    if tile + 1 >= 0 and tile + 1 < mine:
+                        t1 = t0 + splits * bt
+                        T.async_copy(dzs[n : M + 1, t1 : t1 + bt], dzs_s[i % 2, :, :])
+                        T.async_copy(zs[0:n, t1 : t1 + bt], zs_s[i % 2, 0:n, :])
+                        T.async_copy(zs[M : M + 1, t1 : t1 + bt], zs_s[i % 2, n : n + 1, :])
+                    if tile >= 0 and tile < mine:
+                        # while the words are on their way
+                        use = number(epoch, tile)
+                        for m, t in T.Parallel(rest - 1, bt):
+                            dz_hi[st, n + m, t] = high(dzs_s[st, m, t], dtype)
+                            dz_lo[st, n + m, t] = low(dzs_s[st, m, t], dtype)
+                        for j in T.unroll(n):
+                            for t in T.Parallel(bt):
+                                h = gain[t] * T.if_then_else(zs_s[st, n, t] > 0, zs_s[st, j, t] * zs_s[st, n, t], 0.0) + bias[j, t]
+                                slope[j, t] = T.if_then_else(t0 + t < T_, sigmoid(h) * (1.0 - sigmoid(h)), 0.0)
+                        T.clear(old)
+                        for q in T.unroll(share * n):
+                            for half, t in T.Parallel(2, bt):
+                                old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, RING)))
+                        for half, t in T.Parallel(2, bt):
+                            while T.bitwise_and(old[half, t], T.uint32(1)) != 0:
+                                old[half, t] = T.uint32(0)
+                                for q in T.unroll(share * n):
+                                    at = T.min(half * share + q // n, pieces - 1) * n + q % n
+                                    word[q, half, t] = T.atomic_load(scratch[place(s, use, at, t)], memory_order="relaxed")
+                                    old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, RING)))
+                        T.clear(sum)
+                        for q in T.unroll(share * n):
+                            for half, t in T.Parallel(2, bt):
+                                value = T.reinterpret(T.bitwise_and(word[q, half, t], T.uint32(0xFFFFFFFE)), ACC)
+                                sum[q % n, half, t] += T.if_then_else(half * share + q // n < pieces, value, 0.0)
+                        for j, half, t in T.Parallel(n, 2, bt):
+                            sum_s[half, j, t] = sum[j, half, t]
+                        T.sync_threads(GATES, ROLE)
+                        T.clear(dots)
+                        for j in T.unroll(n):
+                            for t in T.Parallel(bt):
+                                dh[j, t] = T.if_then_else(t0 + t < T_, sum_s[0, j, t] + sum_s[1, j, t], 0.0) * slope[j, t]
+                                db[j, t] += dh[j, t]
+                                dots[t] += dh[j, t] * zs_s[st, j, t]
+                        for j in T.unroll(n):
+                            for t in T.Parallel(bt):
+                                dz_hi[st, j, t] = high(dh[j, t] * gain[t] * zs_s[st, n, t], dtype)
+                                dz_lo[st, j, t] = low(dh[j, t] * gain[t] * zs_s[st, n, t], dtype)
+                        for t in T.Parallel(bt):
+                            r = zs_s[st, n, t]
+                            # rows whose norm overflowed have no gradient through z
+                            d = T.if_then_else(r > 0, dots[t] * r, 0.0)
+                            dalpha[t] += d
+                            c_s[st, t] = (dzs_s[st, rest - 1, t] - gain[t] * d * r * r) * (1.0 / K)
+                        T.fence_proxy_async()
+                if block == 0:
+                    dab_f = T.alloc_fragment((LANES, across), ACC)
+                    sum_f = T.alloc_fragment((ROLE,), ACC)
+                    T.sync_threads(GATES, ROLE)
+                    T.clear(dab_f)
+                    for k in T.serial(T.ceildiv(T.ceildiv(S2_ - s, splits), LANES)):
+                        for lane, q in T.Parallel(LANES, across):
+                            at = (k * LANES + lane) * splits + s
+                            dab_f[lane, q] += T.if_then_else(at < S2_ and q < L, dab_S[T.min(at, S2_ - 1), T.min(q, L - 1)], 0.0)
+                    for lane, q in T.Parallel(LANES, across):
+                        dab_s[lane, q] = dab_f[lane, q]
+                    for t in T.Parallel(bt):
+                        sum_s[0, 0, t] = dalpha[t]
+                    for j, t in T.Parallel(n, bt):
+                        sum_s[0, 1 + j, t] = db[j, t]
+                    T.sync_threads(GATES, ROLE)
+                    T.clear(sum_f)
+                    for lane in T.serial(LANES):
+                        for q in T.Parallel(ROLE):
+                            sum_f[q] += dab_s[lane, T.min(q, across - 1)]
+                    for t in T.serial(bt):
+                        for q in T.Parallel(ROLE):
+                            its = T.if_then_else(q == 0, 0, T.if_then_else(q >= 3 and q < 3 + n, q - 2, -1))
+                            sum_f[q] += T.if_then_else(its >= 0, sum_s[0, T.max(its, 0), t], 0.0)
+                    for q in T.Parallel(ROLE):
+                        if q < L:
+                            dab[s, q] = sum_f[q]
+            elif tx < 2 * ROLE:
+                if registers is not None:
+                    T.set_max_nreg(registers[1], 0)
+                for i in T.serial(mine + LAG):
+                    T.sync_threads(TOP, everyone)
+                    if i < mine:
+                        first = block * units // G
+                        for r in turns:
+                            ask_rows(first + r * beside, (i * splits + s) * bt if DIAG != "same" else 0, T_, x, du, row_fs[r])
+                        for r in turns:
+                            add_rows(r, first, row_fs[r], held, part_s)
+                        T.sync_threads(ROWS, ROLE)
+                        for u, j in T.Parallel(few, n):
+                            if first + u < (block + 1) * units // G:
+                                value = T.alloc_var(ACC)
+                                value = 0.0
+                                for w in T.unroll(lanes // 32):
+                                    value += part_s[u // beside, j, u % beside * (lanes // 32) + w]
+                                use = number(epoch, i)
+                                bits = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, RING))
+                                e = first + u
+                                T.atomic_store(scratch[place(s, use, e % pieces * n + j, e // pieces)], bits, memory_order="relaxed")
+            else:
+                if registers is not None:
+                    T.set_max_nreg(registers[0], 1)
+                for j in T.unroll(n):
+                    for m, c in T.Parallel(N, bc):
+                        value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
+                        phi_hi[m, column(j, c)] = high(value, dtype)
+                        phi_lo[m, column(j, c)] = low(value, dtype)
+                T.clear(dphi_KN)
+                T.fence_proxy_async()
+                for i in T.serial(mine + LAG):
+                    tile = i - LAG
+                    t0 = (tile * splits + s) * bt
+                    st = i % 2
+                    T.ptx_wait_group(0)
+                    T.fence_proxy_async()
+                    T.sync_threads(TOP, everyone)
+                    if tile + 1 >= 0 and tile + 1 < mine:
+                        load(i + 1, t0 + splits * bt, c0, (dy, du, x, H_pre, H_res), (dy_s, du_s, x_s, pre_s, res_s))
+                    if tile >= 0:
+                        T.wgmma_gemm(dz_hi[st, :, :], phi_hi, g_TK, transpose_A=True, clear_accum=True, policy=rows)
+                        T.wgmma_gemm(dz_hi[st, :, :], phi_lo, g_TK, transpose_A=True, policy=rows)
+                        T.wgmma_gemm(dz_lo[st, :, :], phi_hi, g_TK, transpose_A=True, policy=rows)
+                        # dphi^T = x^T dz
+                        T.wgmma_gemm(x_s[st, :, :], dz_hi[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
+                        T.wgmma_gemm(x_s[st, :, :], dz_lo[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
+                        for k in T.unroll(n):
+                            for t, c in T.Parallel(bt, bc):
+                                dy_f[k, t, c] = dy_s[st, t, k * bc + c]
+                        for t, c in T.Parallel(bt, bc):
+                            du_f[t, c] = du_s[st, t, c]
+                        T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
+                        for j in streams:
+                            for t, c in T.Parallel(bt, bc):
+                                g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
+                        for k in T.unroll(n):
+                            for j in streams:
+                                for t, c in T.Parallel(bt, bc):
+                                    g_TK[t, column(j, c)] += res_s[st, t, k, j] * dy_f[k, t, c]
+                        for j in streams:
+                            for t, c in T.Parallel(bt, bc):
+                                x_f[t, c] = x_s[st, t, j * bc + c]
+                            for t, c in T.Parallel(bt, bc):
+                                g_TK[t, column(j, c)] += c_s[st, t] * x_f[t, c]
+                        # a thread writes where it read dy
+                        for j in streams:
+                            for t, c in T.Parallel(bt, bc):
+                                dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
+                        T.wait_wgmma(0)
+                        T.sync_threads(MAIN, threads)
+                        if C % bc == 0 and t0 + bt <= T_:  # stores without tests, so that the loads before them go out at once
+                            for t, k in T.Parallel(bt, kb):
+                                dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
+                        else:
+                            for t, k in T.Parallel(bt, kb):
+                                if t0 + t < T_ and c0 + k % bc < C:
+                                    dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
+                for k, m in T.Parallel(kp, N):
+                    if m < M and k < kb and c0 + k % bc < C:
+                        dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
+            T.sync_threads()
+            if tx == 0:
+                leave(scratch, s, epoch, mine)
+
+    return pre_streams_grad
+
+
+def pieces_of(p):
+    """Threads that take a piece of a row, 16 bytes of each stream each, and the pieces of a row."""
+    vec = vector_width(p)
+    lanes = ROLE // 2 if p.C % (ROLE * vec) else ROLE
+    return lanes, ceildiv(p.C, lanes * vec)
+
+
+def ring_of(cfg):
+    """Places that tiles pass through in scratch. A block that publishes tile i has read tile i - lag, which all had published by then, each
+    after it had read tile i - 2 lag.
+    """
+    return 2 * cfg["lag"]
+
+
+def registers_of(cfg):
+    """Registers a thread of the main role and of rows, of the 65536 of a multiprocessor."""
+    return {256: eval(__import__("os").environ.get("REGS", "(160,104,88)"))}.get(cfg["threads"])
+
+
+def scratch_of(p, cfg):
+    """32-bit words of scratch: the places, then two counters a group."""
+    return cfg["splits"] * (ring_of(cfg) * p.n * pieces_of(p)[1] * cfg["block_T"] + 2)
+
+
+def shared_bytes(p, cfg):
+    """Shared memory, an upper bound."""
+    n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
+    staged = 2 * (bt * (bc * (n + 1) + 2 * PAD + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
+    products = 2 * N * 2 * (2 * bt + slices(cfg) * slice_columns(p, cfg))
+    beside = 4 * (bt * (p.M + 3) + 64 * n * WARPS + max(bt, LANES) * (p.M + 4))
+    return staged + products + beside
+
+
+def invalid(p, cfg):
+    """Why a configuration cannot work, or None."""
+    bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
+    if bt != 64 or threads not in (256, 512):
+        return f"block_T={bt}, threads={threads}: wanted 64 tokens and 256 or 512 threads"
+    if bc % (8 * slices(cfg)):
+        return f"block_C={bc}, threads={threads}: {slices(cfg)} slices of dz phi, wanted a multiple of 8 channels in each"
+    if dphi_rows(p, cfg) > 2 * p.n * bc:
+        return f"block_C={bc}, threads={threads}: {threads // 32} warps need at least {threads // 4} columns of x"
+    G = ceildiv(p.C, bc)
+    if G > bt * pieces_of(p)[1]:
+        return f"block_C={bc}: {G} blocks to a group, wanted at most {bt * pieces_of(p)[1]}, one for each piece of a row"
+    if G * cfg["splits"] > 256:
+        return f"splits={cfg['splits']}: {G * cfg['splits']} blocks, wanted about as many as there are multiprocessors"
+    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
+    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+
+
+def unserved(p):
+    """Why no configuration serves a problem, or None."""
+    if p.dtype != "bfloat16" or p.n > 4 or p.C % vector_width(p):
+        return f"n={p.n}, C={p.C}, {p.dtype}: wanted at most 4 bfloat16 streams whose rows start on 16 bytes"
+    return invalid(p, default(p))
+
+
+def default(p):
+    """For about 132 multiprocessors."""
+    G = ceildiv(p.C, 64)
+    return {"block_T": 64, "block_C": 64, "splits": max(1, 132 // G), "threads": 256, "lag": 2}
+
+
+pre_streams_grad = Kernel(
+    name="pre_streams_grad",
+    build=build,
+    inputs=(
+        Tensor("dy", "T n C", "stream"),
+        Tensor("du", "T C", "stream"),
+        Tensor("x", "T n C", "stream"),
+        Tensor("dzs", "Q T"),
+        Tensor("dab", "S2 M+3", split=True),
+        Tensor("zs", "Q T"),
+        Tensor("alpha", "3"),
+        Tensor("b", "M"),
+        Tensor("H_pre", "T n"),
+        Tensor("H_res", "T n n"),
+        Tensor("phi", "M K"),
+    ),
+    outputs=(DX, Tensor("dphi", "S M K", split=True), Tensor("dab", "S M+3", split=True)),
+    space=lambda p: {
+        "block_T": (64,),
+        "block_C": (16, 32, 64, 128),
+        "splits": (1, 2, 3, 4, 8, 13, 16),
+        "threads": (256, 512),
+        "lag": (2, 3, 4),
+    },
+    default=default,
+    invalid=invalid,
+    unserved=unserved,
+    least_arch=90,
+    scratch=scratch_of,
+    reference=reference.pre_streams_grad,
+    options={},
+    pass_configs=lambda cfg: {
+        "tl.enable_fast_math": True,
+        "tl.disable_warp_specialized": True,
+        "tl.disable_thread_storage_sync": True,
+    },
+    gpu_only=("threads",),
+)
