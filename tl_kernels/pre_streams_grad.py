@@ -20,7 +20,7 @@ from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 from tl_kernels.streams_grad import DX, PAD, dphi_rows, slice_columns, slices
 
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
-TOP, MAIN, ROWS, GATES = 3, 4, 5, 6
+TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
 WARPS = ROLE // 32
 #: Rows of dab added up at a time.
 LANES = 16
@@ -156,9 +156,9 @@ def build(p, cfg):
             du_s = T.alloc_shared((2, bt, bc + PAD), dtype)
             res_s = T.alloc_shared((2, bt, n, n), ACC)
             pre_s = T.alloc_shared((2, bt, n), ACC)
-            dz_hi = T.alloc_shared((2, N, bt), dtype)
-            dz_lo = T.alloc_shared((2, N, bt), dtype)
-            c_s = T.alloc_shared((2, bt), ACC)
+            dz_hi = T.alloc_shared((N, bt), dtype)
+            dz_lo = T.alloc_shared((N, bt), dtype)
+            c_s = T.alloc_shared((bt,), ACC)
             phi_hi = T.alloc_shared((N, kg), dtype)
             phi_lo = T.alloc_shared((N, kg), dtype)
             dzs_s = T.alloc_shared((2, rest, bt), ACC)
@@ -203,11 +203,10 @@ def build(p, cfg):
             if tx < ROLE:
                 if registers is not None:
                     T.set_max_nreg(registers[2], 0)
-                for st in T.unroll(2):
-                    for m, t in T.Parallel(N, bt):
-                        dz_hi[st, m, t] = 0
-                    for m, t in T.Parallel(N, bt):
-                        dz_lo[st, m, t] = 0
+                for m, t in T.Parallel(N, bt):
+                    dz_hi[m, t] = 0
+                for m, t in T.Parallel(N, bt):
+                    dz_lo[m, t] = 0
                 for q, t in T.Parallel(n, bt):
                     bias[q, t] = b[q]
                 for t in T.Parallel(bt):
@@ -215,27 +214,27 @@ def build(p, cfg):
                 T.clear(db)
                 T.clear(dalpha)
                 for i in T.serial(mine + LAG):
-                    tile = i - LAG + 1  # whose dz is made
+                    tile = i - LAG
                     t0 = (tile * splits + s) * bt
-                    st = (i + 1) % 2
+                    st = i % 2
                     T.ptx_wait_group(0)
                     T.sync_threads(TOP, everyone)
-                    if tile >= 0 and tile < mine:
+                    if tile >= 0:
                         use = number(epoch, tile)
                         for q, half, t in T.Parallel(share * n, 2, bt):
                             at = T.min(half * share + q // n, pieces - 1) * n + q % n
                             word[q, half, t] = T.atomic_load(scratch[place(s, use, at, t)], memory_order="relaxed")
                     if tile + 1 >= 0 and tile + 1 < mine:
                         t1 = t0 + splits * bt
-                        T.async_copy(dzs[n : M + 1, t1 : t1 + bt], dzs_s[i % 2, :, :])
-                        T.async_copy(zs[0:n, t1 : t1 + bt], zs_s[i % 2, 0:n, :])
-                        T.async_copy(zs[M : M + 1, t1 : t1 + bt], zs_s[i % 2, n : n + 1, :])
-                    if tile >= 0 and tile < mine:
+                        T.async_copy(dzs[n : M + 1, t1 : t1 + bt], dzs_s[(i + 1) % 2, :, :])
+                        T.async_copy(zs[0:n, t1 : t1 + bt], zs_s[(i + 1) % 2, 0:n, :])
+                        T.async_copy(zs[M : M + 1, t1 : t1 + bt], zs_s[(i + 1) % 2, n : n + 1, :])
+                    if tile >= 0:
                         # while the words are on their way
                         use = number(epoch, tile)
                         for m, t in T.Parallel(rest - 1, bt):
-                            dz_hi[st, n + m, t] = high(dzs_s[st, m, t], dtype)
-                            dz_lo[st, n + m, t] = low(dzs_s[st, m, t], dtype)
+                            dz_hi[n + m, t] = high(dzs_s[st, m, t], dtype)
+                            dz_lo[n + m, t] = low(dzs_s[st, m, t], dtype)
                         for j in T.unroll(n):
                             for t in T.Parallel(bt):
                                 h = gain[t] * T.if_then_else(zs_s[st, n, t] > 0, zs_s[st, j, t] * zs_s[st, n, t], 0.0) + bias[j, t]
@@ -267,15 +266,16 @@ def build(p, cfg):
                                 dots[t] += dh[j, t] * zs_s[st, j, t]
                         for j in T.unroll(n):
                             for t in T.Parallel(bt):
-                                dz_hi[st, j, t] = high(dh[j, t] * gain[t] * zs_s[st, n, t], dtype)
-                                dz_lo[st, j, t] = low(dh[j, t] * gain[t] * zs_s[st, n, t], dtype)
+                                dz_hi[j, t] = high(dh[j, t] * gain[t] * zs_s[st, n, t], dtype)
+                                dz_lo[j, t] = low(dh[j, t] * gain[t] * zs_s[st, n, t], dtype)
                         for t in T.Parallel(bt):
                             r = zs_s[st, n, t]
                             # rows whose norm overflowed have no gradient through z
                             d = T.if_then_else(r > 0, dots[t] * r, 0.0)
                             dalpha[t] += d
-                            c_s[st, t] = (dzs_s[st, rest - 1, t] - gain[t] * d * r * r) * (1.0 / K)
+                            c_s[t] = (dzs_s[st, rest - 1, t] - gain[t] * d * r * r) * (1.0 / K)
                         T.fence_proxy_async()
+                        T.named_barrier_arrive(READY, threads + ROLE)
                 if block == 0:
                     dab_f = T.alloc_fragment((LANES, across), ACC)
                     sum_f = T.alloc_fragment((ROLE,), ACC)
@@ -345,18 +345,12 @@ def build(p, cfg):
                     if tile + 1 >= 0 and tile + 1 < mine:
                         load(i + 1, t0 + splits * bt, c0, (dy, du, x, H_pre, H_res), (dy_s, du_s, x_s, pre_s, res_s))
                     if tile >= 0:
-                        T.wgmma_gemm(dz_hi[st, :, :], phi_hi, g_TK, transpose_A=True, clear_accum=True, policy=rows)
-                        T.wgmma_gemm(dz_hi[st, :, :], phi_lo, g_TK, transpose_A=True, policy=rows)
-                        T.wgmma_gemm(dz_lo[st, :, :], phi_hi, g_TK, transpose_A=True, policy=rows)
-                        # dphi^T = x^T dz
-                        T.wgmma_gemm(x_s[st, :, :], dz_hi[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
-                        T.wgmma_gemm(x_s[st, :, :], dz_lo[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
                         for k in T.unroll(n):
                             for t, c in T.Parallel(bt, bc):
                                 dy_f[k, t, c] = dy_s[st, t, k * bc + c]
                         for t, c in T.Parallel(bt, bc):
                             du_f[t, c] = du_s[st, t, c]
-                        T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
+                        T.clear(g_TK)
                         for j in streams:
                             for t, c in T.Parallel(bt, bc):
                                 g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
@@ -364,11 +358,19 @@ def build(p, cfg):
                             for j in streams:
                                 for t, c in T.Parallel(bt, bc):
                                     g_TK[t, column(j, c)] += res_s[st, t, k, j] * dy_f[k, t, c]
+                        T.sync_threads(READY, threads + ROLE)
+                        T.wgmma_gemm(dz_hi, phi_hi, g_TK, transpose_A=True, policy=rows)
+                        T.wgmma_gemm(dz_hi, phi_lo, g_TK, transpose_A=True, policy=rows)
+                        T.wgmma_gemm(dz_lo, phi_hi, g_TK, transpose_A=True, policy=rows)
+                        # dphi^T = x^T dz
+                        T.wgmma_gemm(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
+                        T.wgmma_gemm(x_s[st, :, :], dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
+                        T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
                         for j in streams:
                             for t, c in T.Parallel(bt, bc):
                                 x_f[t, c] = x_s[st, t, j * bc + c]
                             for t, c in T.Parallel(bt, bc):
-                                g_TK[t, column(j, c)] += c_s[st, t] * x_f[t, c]
+                                g_TK[t, column(j, c)] += c_s[t] * x_f[t, c]
                         # a thread writes where it read dy
                         for j in streams:
                             for t, c in T.Parallel(bt, bc):
@@ -400,10 +402,10 @@ def pieces_of(p):
 
 
 def ring_of(cfg):
-    """Places that tiles pass through in scratch. A block that publishes tile i has read tile i - lag, which all had published by then, each
-    after it had read tile i - 2 lag.
+    """Places that tiles pass through in scratch. A block that publishes tile i has read tile i - 1 - lag, which all had published by then,
+    each after it had read tile i - 2 - 2 lag.
     """
-    return 2 * cfg["lag"]
+    return 2 * cfg["lag"] + 2
 
 
 def registers_of(cfg):
@@ -478,7 +480,7 @@ pre_streams_grad = Kernel(
         "block_C": (16, 32, 64, 128),
         "splits": (1, 2, 3, 4, 8, 13, 16),
         "threads": (256, 512),
-        "lag": (2, 3, 4),
+        "lag": (1, 2, 3),
     },
     default=default,
     invalid=invalid,
