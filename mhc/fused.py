@@ -21,6 +21,7 @@ H_pre and zs are for the backward and carry no gradient themselves; take the ope
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -103,11 +104,32 @@ def _enter_bwd(
     return (dx, *sum_parts(dphi, dab))
 
 
+def _enter_bwd_whole(
+    runs: list[Run],
+    dticket: Tensor,
+    du: Tensor,
+    dH_post: Tensor,
+    dH_res: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    b: Tensor,
+    H_pre: Tensor,
+    H_res: Tensor,
+    zs: Tensor,
+) -> tuple[Tensor, ...]:
+    post_res_coefficients_bwd, pre_streams_grad, sum_parts = runs
+    dzs, dab = post_res_coefficients_bwd(dH_post, dH_res, zs, alpha, b)
+    dx, dphi, dab = pre_streams_grad(dticket, du, x, dzs, dab, zs, alpha, b, H_pre, H_res, phi)
+    return (dx, *sum_parts(dphi, dab))
+
+
 def _leave_bwd(runs: list[Run], dy: Tensor, x: Tensor, f: Tensor, H_post: Tensor) -> tuple[Tensor, ...]:
     return runs[0](dy, x, f, H_post)
 
 
 def _boundary_bwd(
+    enter_bwd: Callable[..., tuple[Tensor, ...]],
     runs: list[Run],
     dticket: Tensor,
     du: Tensor,
@@ -117,30 +139,29 @@ def _boundary_bwd(
     f: Tensor,
     H_post: Tensor,
     y: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    b: Tensor,
-    next_H_pre: Tensor,
-    next_H_res: Tensor,
-    zs: Tensor,
+    *rest: Tensor,
 ) -> tuple[Tensor, ...]:
-    *enter_bwd, post_res_grads = runs
-    dy, *weights = _enter_bwd(enter_bwd, dticket, du, dH_post, dH_res, y, phi, alpha, b, next_H_pre, next_H_res, zs)
+    *mine, post_res_grads = runs
+    dy, *weights = enter_bwd(mine, dticket, du, dH_post, dH_res, y, *rest)
     return (*post_res_grads(dy, x, f, H_post), dy, *weights)
 
 
 _ENTER_BWD = ("pre_grad", "coefficients_bwd", "streams_grad", "sum_parts")
+_ENTER_BWD_WHOLE = ("post_res_coefficients_bwd", "pre_streams_grad", "sum_parts")
 _KERNELS = SIGNATURES | FUSED_KERNELS
 #: The designs of each operator, a body and its kernels; the first serves everything.
 _DESIGNS: dict[str, tuple[tuple[Callable[..., Any], tuple[str, ...]], ...]] = {
     "enter": ((_enter, ("project_parts", "coefficients", "pre")), (_enter_whole, ("project_pre", "coefficients"))),
-    "enter_bwd": ((_enter_bwd, _ENTER_BWD),),
+    "enter_bwd": ((_enter_bwd, _ENTER_BWD), (_enter_bwd_whole, _ENTER_BWD_WHOLE)),
     "boundary": (
         (_boundary, ("post_res_project", "coefficients", "pre")),
         (_boundary_apart, ("post_res", "project_parts", "coefficients", "pre")),  # many streams: phi beside them leaves small tiles
         (_boundary_whole, ("post_res_project_pre", "coefficients")),
     ),
-    "boundary_bwd": ((_boundary_bwd, (*_ENTER_BWD, "post_res_grads")),),
+    "boundary_bwd": (
+        (functools.partial(_boundary_bwd, _enter_bwd), (*_ENTER_BWD, "post_res_grads")),
+        (functools.partial(_boundary_bwd, _enter_bwd_whole), (*_ENTER_BWD_WHOLE, "post_res_grads")),
+    ),
     "leave": ((_leave, ("post_res",)),),
     "leave_bwd": ((_leave_bwd, ("post_res_grads",)),),
 }

@@ -52,6 +52,10 @@ class _Step:
         tuned = _profile().choose(self.kernel.name, self.problem, self.tokens, self.device).tuned if self.kernel else None
         if tuned is None or tuned.n != self.problem.n or (self.kernel.has_channels and tuned.C != self.problem.C):
             return None
+        if self.device.type == "cuda" and self.kernel.resident:
+            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+            if self.kernel.crowded(self.problem, tuned.config, multiprocessors):
+                return None
         return tuned.time_us
 
     def choose(self) -> Run:

@@ -25,7 +25,7 @@ FUSED = (
 )
 #: Shortcuts of the fused boundary for problems they serve (``Kernel.unserved``), on Hopper and later.
 WHOLE = ("project_pre", "post_res_project_pre")
-BACKWARD = ("pre_streams_grad",)
+BACKWARD = ("post_res_coefficients_bwd", "pre_streams_grad")
 NAMES = STEPS + FUSED + WHOLE + BACKWARD
 
 

@@ -171,7 +171,8 @@ def build_fwd(p, cfg):
     return coefficients
 
 
-def build_bwd(p, cfg):
+def build_bwd(p, cfg, pre=True):
+    """``pre``: with H_pre; without, its rows of dz and its sums are zero (tl_kernels/post_res_coefficients.py)."""
     n, M = p.n, p.M
     Q = M + 1
     bt, splits, threads = cfg["block_T"], cfg["splits"], cfg["threads"]
@@ -179,6 +180,176 @@ def build_bwd(p, cfg):
     post_mult = p.option("post_mult")
     iters, eps, rows_first = p.option("iters"), p.option("eps"), p.option("order") == "rows_first"
     T_ = T.dynamic("T")
+
+    @T.macro
+    def backward(s, dH_pre, dH_post, dH_res, zs, alpha, b, dzs, dab):
+        alpha_Q = T.alloc_fragment((weights,), ACC)
+        b_Q = T.alloc_fragment((weights,), ACC)
+        alpha_s = T.alloc_shared((weights,), ACC)
+        b_s = T.alloc_shared((weights,), ACC)
+        z = T.alloc_fragment((rows, bt), ACC)
+        z_s = T.alloc_shared((rows, bt), ACC)
+        dpre = T.alloc_fragment((gates, bt), ACC)
+        dpost = T.alloc_fragment((gates, bt), ACC)
+        # rows as in dab: dalpha 3, then dh; a padded row, because the last sums read it down
+        d_s = T.alloc_shared((3 + rows, bt + 1), ACC)
+        dab_Q = T.alloc_fragment((weights,), ACC)
+        dots = T.alloc_fragment((bt, 3), ACC)
+        drinv = T.alloc_fragment((bt,), ACC)
+        T.annotate_layout({dots: token_vector(bt, 3), drinv: token_scalar(bt)})
+        for q in T.Parallel(weights):
+            alpha_Q[q] = alpha[T.min(q, 2)]
+        for q in T.Parallel(weights):
+            b_Q[q] = b[T.min(q, M - 1)]
+        T.clear(dab_Q)
+        for k in T.serial(T.ceildiv(T.ceildiv(T_, bt), splits)):
+            t0 = (k * splits + s) * bt
+            for q, t in T.Parallel(rows, bt):
+                z[q, t] = zs[T.min(q, M), T.min(t0 + t, T_ - 1)]
+            if pre:
+                for i, t in T.Parallel(gates, bt):
+                    dpre[i, t] = dH_pre[T.min(t0 + t, T_ - 1), T.min(i, n - 1)]
+            for i, t in T.Parallel(gates, bt):
+                dpost[i, t] = dH_post[T.min(t0 + t, T_ - 1), T.min(i, n - 1)]
+            if iters > 0:
+                dm = T.alloc_fragment((bt, n, n), ACC)
+                for t, i, j in T.Parallel(bt, n, n):
+                    dm[t, i, j] = T.if_then_else(t0 + t < T_, dH_res[t0 + t, j, i] if rows_first else dH_res[t0 + t, i, j], 0.0)
+            for q in T.Parallel(weights):
+                alpha_s[q] = alpha_Q[q]
+                b_s[q] = b_Q[q]
+            for q, t in T.Parallel(rows, bt):
+                z_s[q, t] = z[q, t]
+            # sigmoid' = sigmoid (1 - sigmoid)
+            if pre:
+                for i, t in T.Parallel(gates, bt):
+                    if i < n:
+                        h = alpha_s[0] * T.if_then_else(z_s[M, t] > 0, z_s[i, t] * z_s[M, t], 0.0) + b_s[i]
+                        d_s[3 + i, t] = T.if_then_else(t0 + t < T_, dpre[i, t], 0.0) * sigmoid(h) * (1.0 - sigmoid(h))
+            else:
+                for i, t in T.Parallel(gates, bt):
+                    if i < n:
+                        d_s[3 + i, t] = 0.0
+            for i, t in T.Parallel(gates, bt):
+                if i < n:
+                    h = alpha_s[1] * T.if_then_else(z_s[M, t] > 0, z_s[n + i, t] * z_s[M, t], 0.0) + b_s[n + i]
+                    dh = T.if_then_else(t0 + t < T_, post_mult * dpost[i, t], 0.0) * sigmoid(h) * (1.0 - sigmoid(h))
+                    d_s[3 + n + i, t] = dh
+            if iters == 0:
+                for q, t in T.Parallel(n * n, bt):
+                    d_s[3 + 2 * n + q, t] = 0.0
+            else:
+                m = T.alloc_fragment((bt, n, n), ACC)
+                prod = T.alloc_fragment((bt, n, n), ACC)
+                r = T.alloc_fragment((bt, n), ACC)
+                c = T.alloc_fragment((bt, n), ACC)
+                r_inv = T.alloc_fragment((bt, n), ACC)
+                c_inv = T.alloc_fragment((bt, n), ACC)
+                dr = T.alloc_fragment((bt, n), ACC)
+                dc = T.alloc_fragment((bt, n), ACC)
+                dr_inv = T.alloc_fragment((bt, n), ACC)
+                dc_inv = T.alloc_fragment((bt, n), ACC)
+                r_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
+                c_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
+                vectors = (r, c, r_inv, c_inv, dr, dc, dr_inv, dc_inv)
+                T.annotate_layout({**{v: token_matrix(bt, n) for v in (m, dm, prod)}, **{v: token_vector(bt, n) for v in vectors}})
+                for t, i, j in T.Parallel(bt, n, n):
+                    q = 2 * n + (i * n + j if rows_first else j * n + i)
+                    m[t, i, j] = alpha_s[2] * T.if_then_else(z_s[M, t] > 0, z_s[q, t] * z_s[M, t], 0.0) + b_s[q]
+                softmax_columns(m, c, bt, n, eps)
+                for v in (r, c, r_inv, c_inv):
+                    T.fill(v, 1.0)
+                scale_rows(m, c, r, r_inv, bt, n, eps)
+                for it in T.serial(iters - 1):
+                    for t, i in T.Parallel(bt, n):
+                        r_s[it, t, i] = r[t, i]
+                    for t, j in T.Parallel(bt, n):
+                        c_s[it, t, j] = c[t, j]
+                    scale_columns(m, r, c, c_inv, bt, n, eps)
+                    scale_rows(m, c, r, r_inv, bt, n, eps)
+                # H = r m c
+                for t, i, j in T.Parallel(bt, n, n):
+                    prod[t, i, j] = dm[t, i, j] * m[t, i, j] * c[t, j]
+                T.reduce_sum(prod, dr, dim=2)
+                for t, i, j in T.Parallel(bt, n, n):
+                    prod[t, i, j] = dm[t, i, j] * m[t, i, j] * r[t, i]
+                T.reduce_sum(prod, dc, dim=1)
+                for t, i, j in T.Parallel(bt, n, n):
+                    dm[t, i, j] *= r[t, i] * c[t, j]
+                T.clear(dr_inv)
+                T.clear(dc_inv)
+                for back in T.serial(iters):
+                    # r = 1/r_inv, r_inv = m c + eps r_inv'
+                    for t, i in T.Parallel(bt, n):
+                        dr_inv[t, i] = dr_inv[t, i] * eps - dr[t, i] * r[t, i] * r[t, i]
+                    for t, i, j in T.Parallel(bt, n, n):
+                        dm[t, i, j] += dr_inv[t, i] * c[t, j]
+                    if back < iters - 1:
+                        for i in T.unroll(n):
+                            for t, j in T.Parallel(bt, n):
+                                dc[t, j] += m[t, i, j] * dr_inv[t, i]
+                        for t, j in T.Parallel(bt, n):
+                            dc_inv[t, j] = dc_inv[t, j] * eps - dc[t, j] * c[t, j] * c[t, j]
+                        for t, i in T.Parallel(bt, n):
+                            r[t, i] = r_s[iters - 2 - back, t, i]
+                        for t, j in T.Parallel(bt, n):
+                            c[t, j] = c_s[iters - 2 - back, t, j]
+                        for t, i, j in T.Parallel(bt, n, n):
+                            dm[t, i, j] += r[t, i] * dc_inv[t, j]
+                        T.clear(dr)
+                        T.clear(dc)
+                        for j in T.unroll(n):
+                            for t, i in T.Parallel(bt, n):
+                                dr[t, i] += m[t, i, j] * dc_inv[t, j]
+                # softmax = m - eps: dh = softmax (dm - <dm, softmax>)
+                for t, i, j in T.Parallel(bt, n, n):
+                    m[t, i, j] -= eps
+                for t, i, j in T.Parallel(bt, n, n):
+                    prod[t, i, j] = dm[t, i, j] * m[t, i, j]
+                T.reduce_sum(prod, dc, dim=1)
+                for t, i, j in T.Parallel(bt, n, n):
+                    q = 2 * n + (i * n + j if rows_first else j * n + i)
+                    d_s[3 + q, t] = m[t, i, j] * (dm[t, i, j] - dc[t, j])
+            # dz = dh alpha/r
+            for q, t in T.Parallel(rows, bt):
+                if q < M and t0 + t < T_:
+                    dzs[q, t0 + t] = d_s[3 + q, t] * alpha_s[T.min(q // n, 2)] * z_s[M, t]
+            # dalpha = sum dh z/r, d(1/r) = sum alpha dh z; rows whose norm overflowed have no gradient through z
+            T.clear(dots)
+            for q in T.unroll(M):
+                for t in T.Parallel(bt):
+                    dots[t, T.min(q // n, 2)] += d_s[3 + q, t] * z_s[q, t]
+            T.clear(drinv)
+            for g in T.unroll(3):
+                for t in T.Parallel(bt):
+                    drinv[t] += T.if_then_else(z_s[M, t] > 0, alpha_s[g] * dots[t, g], 0.0)
+                    d_s[g, t] = T.if_then_else(z_s[M, t] > 0, dots[t, g] * z_s[M, t], 0.0)
+            for t in T.Parallel(bt):
+                if t0 + t < T_:
+                    dzs[M, t0 + t] = -drinv[t] * z_s[M, t] * z_s[M, t] * z_s[M, t]
+            for t in T.unroll(bt):
+                for q in T.Parallel(weights):
+                    dab_Q[q] += T.if_then_else(q < M + 3, d_s[q, t], 0.0)
+        for q in T.Parallel(weights):
+            if q < M + 3:
+                dab[s, q] = dab_Q[q]
+
+    if not pre:
+
+        @T.prim_func
+        def post_res_coefficients_bwd(
+            dH_post: T.Tensor((T_, n), ACC),
+            dH_res: T.Tensor((T_, n, n), ACC),
+            zs: T.Tensor((Q, T_), ACC),
+            alpha: T.Tensor((3,), ACC),
+            b: T.Tensor((M,), ACC),
+            dzs: T.Tensor((Q, T_), ACC),
+            dab: T.Tensor((splits, M + 3), ACC),
+        ):
+            with T.Kernel(splits, threads=threads) as s:
+                backward(s, None, dH_post, dH_res, zs, alpha, b, dzs, dab)
+
+        return post_res_coefficients_bwd
 
     @T.prim_func
     def coefficients_bwd(
@@ -192,150 +363,7 @@ def build_bwd(p, cfg):
         dab: T.Tensor((splits, M + 3), ACC),
     ):
         with T.Kernel(splits, threads=threads) as s:
-            alpha_Q = T.alloc_fragment((weights,), ACC)
-            b_Q = T.alloc_fragment((weights,), ACC)
-            alpha_s = T.alloc_shared((weights,), ACC)
-            b_s = T.alloc_shared((weights,), ACC)
-            z = T.alloc_fragment((rows, bt), ACC)
-            z_s = T.alloc_shared((rows, bt), ACC)
-            dpre = T.alloc_fragment((gates, bt), ACC)
-            dpost = T.alloc_fragment((gates, bt), ACC)
-            # rows as in dab: dalpha 3, then dh; a padded row, because the last sums read it down
-            d_s = T.alloc_shared((3 + rows, bt + 1), ACC)
-            dab_Q = T.alloc_fragment((weights,), ACC)
-            dots = T.alloc_fragment((bt, 3), ACC)
-            drinv = T.alloc_fragment((bt,), ACC)
-            T.annotate_layout({dots: token_vector(bt, 3), drinv: token_scalar(bt)})
-            for q in T.Parallel(weights):
-                alpha_Q[q] = alpha[T.min(q, 2)]
-            for q in T.Parallel(weights):
-                b_Q[q] = b[T.min(q, M - 1)]
-            T.clear(dab_Q)
-            for k in T.serial(T.ceildiv(T.ceildiv(T_, bt), splits)):
-                t0 = (k * splits + s) * bt
-                for q, t in T.Parallel(rows, bt):
-                    z[q, t] = zs[T.min(q, M), T.min(t0 + t, T_ - 1)]
-                for i, t in T.Parallel(gates, bt):
-                    dpre[i, t] = dH_pre[T.min(t0 + t, T_ - 1), T.min(i, n - 1)]
-                for i, t in T.Parallel(gates, bt):
-                    dpost[i, t] = dH_post[T.min(t0 + t, T_ - 1), T.min(i, n - 1)]
-                if iters > 0:
-                    dm = T.alloc_fragment((bt, n, n), ACC)
-                    for t, i, j in T.Parallel(bt, n, n):
-                        dm[t, i, j] = T.if_then_else(t0 + t < T_, dH_res[t0 + t, j, i] if rows_first else dH_res[t0 + t, i, j], 0.0)
-                for q in T.Parallel(weights):
-                    alpha_s[q] = alpha_Q[q]
-                    b_s[q] = b_Q[q]
-                for q, t in T.Parallel(rows, bt):
-                    z_s[q, t] = z[q, t]
-                # sigmoid' = sigmoid (1 - sigmoid)
-                for i, t in T.Parallel(gates, bt):
-                    if i < n:
-                        h = alpha_s[0] * T.if_then_else(z_s[M, t] > 0, z_s[i, t] * z_s[M, t], 0.0) + b_s[i]
-                        d_s[3 + i, t] = T.if_then_else(t0 + t < T_, dpre[i, t], 0.0) * sigmoid(h) * (1.0 - sigmoid(h))
-                for i, t in T.Parallel(gates, bt):
-                    if i < n:
-                        h = alpha_s[1] * T.if_then_else(z_s[M, t] > 0, z_s[n + i, t] * z_s[M, t], 0.0) + b_s[n + i]
-                        dh = T.if_then_else(t0 + t < T_, post_mult * dpost[i, t], 0.0) * sigmoid(h) * (1.0 - sigmoid(h))
-                        d_s[3 + n + i, t] = dh
-                if iters == 0:
-                    for q, t in T.Parallel(n * n, bt):
-                        d_s[3 + 2 * n + q, t] = 0.0
-                else:
-                    m = T.alloc_fragment((bt, n, n), ACC)
-                    prod = T.alloc_fragment((bt, n, n), ACC)
-                    r = T.alloc_fragment((bt, n), ACC)
-                    c = T.alloc_fragment((bt, n), ACC)
-                    r_inv = T.alloc_fragment((bt, n), ACC)
-                    c_inv = T.alloc_fragment((bt, n), ACC)
-                    dr = T.alloc_fragment((bt, n), ACC)
-                    dc = T.alloc_fragment((bt, n), ACC)
-                    dr_inv = T.alloc_fragment((bt, n), ACC)
-                    dc_inv = T.alloc_fragment((bt, n), ACC)
-                    r_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
-                    c_s = T.alloc_shared((max(iters - 1, 1), bt, n), ACC)
-                    vectors = (r, c, r_inv, c_inv, dr, dc, dr_inv, dc_inv)
-                    T.annotate_layout({**{v: token_matrix(bt, n) for v in (m, dm, prod)}, **{v: token_vector(bt, n) for v in vectors}})
-                    for t, i, j in T.Parallel(bt, n, n):
-                        q = 2 * n + (i * n + j if rows_first else j * n + i)
-                        m[t, i, j] = alpha_s[2] * T.if_then_else(z_s[M, t] > 0, z_s[q, t] * z_s[M, t], 0.0) + b_s[q]
-                    softmax_columns(m, c, bt, n, eps)
-                    for v in (r, c, r_inv, c_inv):
-                        T.fill(v, 1.0)
-                    scale_rows(m, c, r, r_inv, bt, n, eps)
-                    for it in T.serial(iters - 1):
-                        for t, i in T.Parallel(bt, n):
-                            r_s[it, t, i] = r[t, i]
-                        for t, j in T.Parallel(bt, n):
-                            c_s[it, t, j] = c[t, j]
-                        scale_columns(m, r, c, c_inv, bt, n, eps)
-                        scale_rows(m, c, r, r_inv, bt, n, eps)
-                    # H = r m c
-                    for t, i, j in T.Parallel(bt, n, n):
-                        prod[t, i, j] = dm[t, i, j] * m[t, i, j] * c[t, j]
-                    T.reduce_sum(prod, dr, dim=2)
-                    for t, i, j in T.Parallel(bt, n, n):
-                        prod[t, i, j] = dm[t, i, j] * m[t, i, j] * r[t, i]
-                    T.reduce_sum(prod, dc, dim=1)
-                    for t, i, j in T.Parallel(bt, n, n):
-                        dm[t, i, j] *= r[t, i] * c[t, j]
-                    T.clear(dr_inv)
-                    T.clear(dc_inv)
-                    for back in T.serial(iters):
-                        # r = 1/r_inv, r_inv = m c + eps r_inv'
-                        for t, i in T.Parallel(bt, n):
-                            dr_inv[t, i] = dr_inv[t, i] * eps - dr[t, i] * r[t, i] * r[t, i]
-                        for t, i, j in T.Parallel(bt, n, n):
-                            dm[t, i, j] += dr_inv[t, i] * c[t, j]
-                        if back < iters - 1:
-                            for i in T.unroll(n):
-                                for t, j in T.Parallel(bt, n):
-                                    dc[t, j] += m[t, i, j] * dr_inv[t, i]
-                            for t, j in T.Parallel(bt, n):
-                                dc_inv[t, j] = dc_inv[t, j] * eps - dc[t, j] * c[t, j] * c[t, j]
-                            for t, i in T.Parallel(bt, n):
-                                r[t, i] = r_s[iters - 2 - back, t, i]
-                            for t, j in T.Parallel(bt, n):
-                                c[t, j] = c_s[iters - 2 - back, t, j]
-                            for t, i, j in T.Parallel(bt, n, n):
-                                dm[t, i, j] += r[t, i] * dc_inv[t, j]
-                            T.clear(dr)
-                            T.clear(dc)
-                            for j in T.unroll(n):
-                                for t, i in T.Parallel(bt, n):
-                                    dr[t, i] += m[t, i, j] * dc_inv[t, j]
-                    # softmax = m - eps: dh = softmax (dm - <dm, softmax>)
-                    for t, i, j in T.Parallel(bt, n, n):
-                        m[t, i, j] -= eps
-                    for t, i, j in T.Parallel(bt, n, n):
-                        prod[t, i, j] = dm[t, i, j] * m[t, i, j]
-                    T.reduce_sum(prod, dc, dim=1)
-                    for t, i, j in T.Parallel(bt, n, n):
-                        q = 2 * n + (i * n + j if rows_first else j * n + i)
-                        d_s[3 + q, t] = m[t, i, j] * (dm[t, i, j] - dc[t, j])
-                # dz = dh alpha/r
-                for q, t in T.Parallel(rows, bt):
-                    if q < M and t0 + t < T_:
-                        dzs[q, t0 + t] = d_s[3 + q, t] * alpha_s[T.min(q // n, 2)] * z_s[M, t]
-                # dalpha = sum dh z/r, d(1/r) = sum alpha dh z; rows whose norm overflowed have no gradient through z
-                T.clear(dots)
-                for q in T.unroll(M):
-                    for t in T.Parallel(bt):
-                        dots[t, T.min(q // n, 2)] += d_s[3 + q, t] * z_s[q, t]
-                T.clear(drinv)
-                for g in T.unroll(3):
-                    for t in T.Parallel(bt):
-                        drinv[t] += T.if_then_else(z_s[M, t] > 0, alpha_s[g] * dots[t, g], 0.0)
-                        d_s[g, t] = T.if_then_else(z_s[M, t] > 0, dots[t, g] * z_s[M, t], 0.0)
-                for t in T.Parallel(bt):
-                    if t0 + t < T_:
-                        dzs[M, t0 + t] = -drinv[t] * z_s[M, t] * z_s[M, t] * z_s[M, t]
-                for t in T.unroll(bt):
-                    for q in T.Parallel(weights):
-                        dab_Q[q] += T.if_then_else(q < M + 3, d_s[q, t], 0.0)
-            for q in T.Parallel(weights):
-                if q < M + 3:
-                    dab[s, q] = dab_Q[q]
+            backward(s, dH_pre, dH_post, dH_res, zs, alpha, b, dzs, dab)
 
     return coefficients_bwd
 

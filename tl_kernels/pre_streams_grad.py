@@ -1,13 +1,17 @@
 """``pre_grad`` and ``streams_grad`` in one: x and du come from memory once, 13u instead of 18u at n = 4.
 
-dH_pre[j] = <x[j], du> takes a token's whole row, dx and dphi a slice of the channels of many tokens. So a block has two roles:
+dH_pre[j] = <x[j], du> takes a token's whole row, dx and dphi a slice of the channels of many tokens. So the blocks that share a tile of
+tokens, a slice each, share its rows too, and meet in global memory (tl_kernels/meeting.py). A block has three roles:
 
-    main   ``streams_grad`` of tile i - LAG for its slice of the channels, as tl_kernels/streams_grad.py has it
-    rows   sums of dH_pre for some pieces of rows of tile i, all channels among the group's blocks, published in global memory;
-           then the sums of all for tile i - LAG + 1, which dz and c of that tile are made of, for the main role's next iteration
+    rows   partial sums of dH_pre for some pieces of rows of tile i, published
+    gates  the sums of all blocks for tile i - lag, and of them dz and c of the tile
+    main   ``streams_grad`` of tile i - lag, as tl_kernels/streams_grad.py has it: first what needs no dz
 
-What rows reads first, the main roles of the group read again one iteration later, while it is in L2. Words of 32 bits whose lowest
-mantissa bit says when they were written need no fence and no flag (tl_kernels/meeting.py).
+What rows reads, the main roles read again ``lag`` - 1 iterations later, when it is in L2: at 8192x4x2560 DRAM gave 1.03 times the floor's
+bytes with x one iteration behind, 1.2 times with two (results/notes.md, 2026-11-25, fourth session).
+
+Only the first role's fragments have layouts by hand: TileLang 0.1.15 leaves out loops over such fragments where a role's threads do not
+begin at 0.
 """
 
 import tilelang.language as T
@@ -22,6 +26,8 @@ from tl_kernels.streams_grad import DX, PAD, dphi_rows, slice_columns, slices
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
 WARPS = ROLE // 32
+#: Registers a thread of each role, together the 128 that four warpgroups begin with: rows has 20 loads of 16 bytes under way.
+MAIN_REGISTERS, ROWS_REGISTERS, GATES_REGISTERS = 160, 104, 88
 #: Rows of dab added up at a time.
 LANES = 16
 
@@ -31,7 +37,7 @@ def build(p, cfg):
     bt, bc, splits, threads = cfg["block_T"], cfg["block_C"], cfg["splits"], cfg["threads"]
     N, kb, kp, width, wide = padded(M, 16), n * bc, dphi_rows(p, cfg), bc // slices(cfg), slice_columns(p, cfg)
     kg = slices(cfg) * wide
-    LAG, RING = cfg["lag"], ring_of(cfg)
+    lag, ring = cfg["lag"], ring_of(cfg)
     streams = tuple(range(n))
     rows = T.GemmWarpPolicy.FullRow
     everyone = threads + 2 * ROLE
@@ -44,15 +50,11 @@ def build(p, cfg):
     turns = tuple(range(rounds))
     whole = C % (lanes * vec) == 0
     words = n * pieces
-    counters = splits * RING * words * bt
+    counters = splits * ring * words * bt
     rest = M - n + 1
     share = ceildiv(pieces, 2)  # pieces that a thread adds up: two to a token
-    leave = leave_of(G, counters, RING)
-    registers = registers_of(cfg)
+    leave = leave_of(G, counters, ring)
     L, across = M + 3, padded(M + 3, ROLE // LANES)
-    DIAG = __import__("os").environ.get("DIAG", "")
-    if DIAG == "norows":
-        turns = turns[:1]
     T_ = T.dynamic("T")
     S2_ = T.dynamic("S2")
 
@@ -60,10 +62,10 @@ def build(p, cfg):
         return c // width * wide + j * width + c % width
 
     def number(epoch, tile):
-        return epoch + T.cast(tile + 2 * RING, "uint32")
+        return epoch + T.cast(tile + 2 * ring, "uint32")
 
     def place(s, use, q, t):
-        return ((s * RING + T.cast(use % RING, "int32")) * words + q) * bt + t
+        return ((s * ring + T.cast(use % ring, "int32")) * words + q) * bt + t
 
     def halves(size):
         """[size, 2, bt]: a thread has half of what belongs to a token."""
@@ -76,9 +78,7 @@ def build(p, cfg):
         return T.Fragment((bt,), forward_thread_fn=lambda t: t, forward_index_fn=lambda t: 0)
 
     def vector():
-        return T.Fragment(
-            (WARPS, 32, vec), forward_thread_fn=lambda w, lane, k: w * 32 + lane, forward_index_fn=lambda w, lane, k: k
-        )
+        return T.Fragment((WARPS, 32, vec), forward_thread_fn=lambda w, lane, k: w * 32 + lane, forward_index_fn=lambda w, lane, k: k)
 
     def own():
         return T.Fragment((WARPS, 32), forward_thread_fn=lambda w, lane: w * 32 + lane, forward_index_fn=lambda w, lane: 0)
@@ -201,8 +201,7 @@ def build(p, cfg):
             mine = T.max(T.ceildiv(T.ceildiv(T_, bt) - s, splits), 0)
 
             if tx < ROLE:
-                if registers is not None:
-                    T.set_max_nreg(registers[2], 0)
+                T.set_max_nreg(GATES_REGISTERS, 0)
                 for m, t in T.Parallel(N, bt):
                     dz_hi[m, t] = 0
                 for m, t in T.Parallel(N, bt):
@@ -213,8 +212,8 @@ def build(p, cfg):
                     gain[t] = alpha[0]
                 T.clear(db)
                 T.clear(dalpha)
-                for i in T.serial(mine + LAG):
-                    tile = i - LAG
+                for i in T.serial(mine + lag):
+                    tile = i - lag
                     t0 = (tile * splits + s) * bt
                     st = i % 2
                     T.ptx_wait_group(0)
@@ -242,14 +241,14 @@ def build(p, cfg):
                         T.clear(old)
                         for q in T.unroll(share * n):
                             for half, t in T.Parallel(2, bt):
-                                old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, RING)))
+                                old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, ring)))
                         for half, t in T.Parallel(2, bt):
                             while T.bitwise_and(old[half, t], T.uint32(1)) != 0:
                                 old[half, t] = T.uint32(0)
                                 for q in T.unroll(share * n):
                                     at = T.min(half * share + q // n, pieces - 1) * n + q % n
                                     word[q, half, t] = T.atomic_load(scratch[place(s, use, at, t)], memory_order="relaxed")
-                                    old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, RING)))
+                                    old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, ring)))
                         T.clear(sum)
                         for q in T.unroll(share * n):
                             for half, t in T.Parallel(2, bt):
@@ -304,14 +303,13 @@ def build(p, cfg):
                         if q < L:
                             dab[s, q] = sum_f[q]
             elif tx < 2 * ROLE:
-                if registers is not None:
-                    T.set_max_nreg(registers[1], 0)
-                for i in T.serial(mine + LAG):
+                T.set_max_nreg(ROWS_REGISTERS, 0)
+                for i in T.serial(mine + lag):
                     T.sync_threads(TOP, everyone)
                     if i < mine:
                         first = block * units // G
                         for r in turns:
-                            ask_rows(first + r * beside, (i * splits + s) * bt if DIAG != "same" else 0, T_, x, du, row_fs[r])
+                            ask_rows(first + r * beside, (i * splits + s) * bt, T_, x, du, row_fs[r])
                         for r in turns:
                             add_rows(r, first, row_fs[r], held, part_s)
                         T.sync_threads(ROWS, ROLE)
@@ -322,12 +320,11 @@ def build(p, cfg):
                                 for w in T.unroll(lanes // 32):
                                     value += part_s[u // beside, j, u % beside * (lanes // 32) + w]
                                 use = number(epoch, i)
-                                bits = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, RING))
+                                bits = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring))
                                 e = first + u
                                 T.atomic_store(scratch[place(s, use, e % pieces * n + j, e // pieces)], bits, memory_order="relaxed")
             else:
-                if registers is not None:
-                    T.set_max_nreg(registers[0], 1)
+                T.set_max_nreg(MAIN_REGISTERS, 1)
                 for j in T.unroll(n):
                     for m, c in T.Parallel(N, bc):
                         value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
@@ -335,8 +332,8 @@ def build(p, cfg):
                         phi_lo[m, column(j, c)] = low(value, dtype)
                 T.clear(dphi_KN)
                 T.fence_proxy_async()
-                for i in T.serial(mine + LAG):
-                    tile = i - LAG
+                for i in T.serial(mine + lag):
+                    tile = i - lag
                     t0 = (tile * splits + s) * bt
                     st = i % 2
                     T.ptx_wait_group(0)
@@ -408,11 +405,6 @@ def ring_of(cfg):
     return 2 * cfg["lag"] + 2
 
 
-def registers_of(cfg):
-    """Registers a thread of the main role and of rows, of the 65536 of a multiprocessor."""
-    return {256: eval(__import__("os").environ.get("REGS", "(160,104,88)"))}.get(cfg["threads"])
-
-
 def scratch_of(p, cfg):
     """32-bit words of scratch: the places, then two counters a group."""
     return cfg["splits"] * (ring_of(cfg) * p.n * pieces_of(p)[1] * cfg["block_T"] + 2)
@@ -430,8 +422,8 @@ def shared_bytes(p, cfg):
 def invalid(p, cfg):
     """Why a configuration cannot work, or None."""
     bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
-    if bt != 64 or threads not in (256, 512):
-        return f"block_T={bt}, threads={threads}: wanted 64 tokens and 256 or 512 threads"
+    if bt != 64 or threads != 256:
+        return f"block_T={bt}, threads={threads}: wanted 64 tokens and 256 threads, for which there are registers"
     if bc % (8 * slices(cfg)):
         return f"block_C={bc}, threads={threads}: {slices(cfg)} slices of dz phi, wanted a multiple of 8 channels in each"
     if dphi_rows(p, cfg) > 2 * p.n * bc:
@@ -477,9 +469,9 @@ pre_streams_grad = Kernel(
     outputs=(DX, Tensor("dphi", "S M K", split=True), Tensor("dab", "S M+3", split=True)),
     space=lambda p: {
         "block_T": (64,),
-        "block_C": (16, 32, 64, 128),
-        "splits": (1, 2, 3, 4, 8, 13, 16),
-        "threads": (256, 512),
+        "block_C": (32, 64, 128),
+        "splits": (1, 2, 3, 4, 6, 8, 13, 16),
+        "threads": (256,),
         "lag": (1, 2, 3),
     },
     default=default,
@@ -495,4 +487,5 @@ pre_streams_grad = Kernel(
         "tl.disable_thread_storage_sync": True,
     },
     gpu_only=("threads",),
+    resident=lambda p, cfg: ceildiv(p.C, cfg["block_C"]),
 )

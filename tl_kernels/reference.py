@@ -66,6 +66,11 @@ def coefficients_bwd(dH_pre, dH_post, dH_res, zs, alpha, b, post_mult=2.0, iters
     return torch.cat([dz.T, -(drinv * rinv**3)[None]]), torch.cat([dalpha, db])[None]
 
 
+def post_res_coefficients_bwd(dH_post, dH_res, zs, alpha, b, **options):
+    """:func:`coefficients_bwd` where H_pre has no gradient."""
+    return coefficients_bwd(torch.zeros_like(dH_post), dH_post, dH_res, zs, alpha, b, **options)
+
+
 def sum_parts(dphi, dab):
     """The second stage of the weight gradients, dphi [S,M,K] and dab [S2,M+3]: dphi [M,K], dalpha [3], db [M]."""
     return dphi.sum(0), dab[:, :3].sum(0), dab[:, 3:].sum(0)

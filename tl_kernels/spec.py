@@ -121,6 +121,8 @@ class Kernel:
     #: 32-bit words of scratch that the program takes after its results: zero before the first launch, kept for the next by every launch.
     #: Blocks of such a program wait for each other (tl_kernels/meeting.py).
     scratch: Callable[[Problem, Config], int] | None = None
+    #: Blocks that wait for each other and therefore need a multiprocessor each, where they may be more than every GPU has.
+    resident: Callable[[Problem, Config], int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     #: Outputs whose exact answer depends on how another output was rounded: ``(problem, inputs, results by name) -> answer``, in float64.
     from_results: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -140,6 +142,11 @@ class Kernel:
         if self.least_arch and (arch == "cpu" or int(arch.removeprefix("sm_").rstrip("af")) < self.least_arch):
             return f"{self.name}: wanted compute capability {self.least_arch / 10} or later, not {arch}"
         return self.unserved(p)
+
+    def crowded(self, p: Problem, cfg: Config, multiprocessors: int) -> str | None:
+        """Why a configuration would wait for ever on a GPU with that many multiprocessors, or None."""
+        need = self.resident(p, cfg) if self.resident else 0
+        return f"{self.name}: {need} blocks wait for each other, wanted at most {multiprocessors}" if need > multiprocessors else None
 
     @cached_property
     def has_channels(self) -> bool:
