@@ -360,7 +360,7 @@ def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> lis
             count = "all" if not fresh else f"{len(every) - len(fresh)} of {len(every)}"
             message = f"{kernel.name}: {count} entries of {source.path} were tuned for another version of the kernel; not used; run: {run}"
             _say(logging.WARNING, "stale", key, message=message)
-        elif not every and kernel.scratch is None:  # a shortcut that is not there is not taken
+        elif not every and not kernel.shortcut:  # a shortcut that is not there is not taken
             _say(logging.WARNING, "absent", key, message=f"{kernel.name}: not in {source.path}; it runs with defaults; run: {run}")
         _STATE.fresh[key] = fresh
     return _STATE.fresh[key]

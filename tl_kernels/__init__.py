@@ -23,10 +23,10 @@ FUSED = (
     "post_res_grads",
     "sum_parts",
 )
-#: Shortcuts of the fused boundary for problems they serve (``Kernel.unserved``), on Hopper and later.
+#: Shortcuts of the fused boundary for problems they serve (``Kernel.unserved``), on Hopper and later; forward, then backward.
 WHOLE = ("project_pre", "post_res_project_pre")
-BACKWARD = ("post_res_coefficients_bwd", "pre_streams_grad")
-NAMES = STEPS + FUSED + WHOLE + BACKWARD
+WHOLE_BWD = ("post_res_coefficients_bwd", "pre_streams_grad")
+NAMES = STEPS + FUSED + WHOLE + WHOLE_BWD
 
 
 class _Registry(Mapping[str, Kernel]):

@@ -1,4 +1,4 @@
-"""``coefficients_bwd`` but for H_pre: what can be made before the gradient of the layer input is there, see tl_kernels/pre_streams_grad.py."""
+"""``coefficients_bwd`` but for H_pre, whose gradient is made later (tl_kernels/pre_streams_grad.py)."""
 
 from tl_kernels import reference
 from tl_kernels.coefficients import build_bwd, coefficients_bwd
@@ -17,6 +17,9 @@ post_res_coefficients_bwd = Kernel(
     space=coefficients_bwd.space,
     default=coefficients_bwd.default,
     invalid=coefficients_bwd.invalid,
+    least_arch=90,
+    last_arch=90,
+    shortcut=True,
     reference=reference.post_res_coefficients_bwd,
     options=coefficients_bwd.options,
     pass_configs=coefficients_bwd.pass_configs,

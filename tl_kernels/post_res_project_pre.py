@@ -120,6 +120,7 @@ post_res_project_pre = Kernel(
     invalid=invalid,
     unserved=unserved,
     least_arch=90,
+    shortcut=True,
     scratch=scratch_of,
     seeds=SEEDS,
     reference=reference.post_res_project_pre,

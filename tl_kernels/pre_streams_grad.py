@@ -429,7 +429,7 @@ def invalid(p, cfg):
     if dphi_rows(p, cfg) > 2 * p.n * bc:
         return f"block_C={bc}, threads={threads}: {threads // 32} warps need at least {threads // 4} columns of x"
     G = ceildiv(p.C, bc)
-    if G > bt * pieces_of(p)[1]:
+    if bt * pieces_of(p)[1] < G:
         return f"block_C={bc}: {G} blocks to a group, wanted at most {bt * pieces_of(p)[1]}, one for each piece of a row"
     if G * cfg["splits"] > 256:
         return f"splits={cfg['splits']}: {G * cfg['splits']} blocks, wanted about as many as there are multiprocessors"
@@ -478,7 +478,15 @@ pre_streams_grad = Kernel(
     invalid=invalid,
     unserved=unserved,
     least_arch=90,
+    last_arch=90,  # wgmma
+    shortcut=True,
     scratch=scratch_of,
+    seeds=(
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "lag": 2},
+        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "lag": 2},
+        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "lag": 2},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "lag": 3},
+    ),
     reference=reference.pre_streams_grad,
     options={},
     pass_configs=lambda cfg: {

@@ -77,6 +77,7 @@ project_pre = Kernel(
     invalid=partial(invalid, mixes=False),
     unserved=unserved,
     least_arch=90,
+    shortcut=True,
     scratch=scratch_of,
     seeds=SEEDS,
     reference=reference.project_pre,

@@ -118,6 +118,10 @@ class Kernel:
     unserved: Callable[[Problem], str | None] = lambda p: None
     #: Lowest compute capability, times ten, that the program's instructions ask for; 0: any, and worth tuning on the CPU.
     least_arch: int = 0
+    #: The highest, where the instructions were not taken over; 0: any.
+    last_arch: int = 0
+    #: Whether it belongs to a design that is taken only where the profile has it.
+    shortcut: bool = False
     #: 32-bit words of scratch that the program takes after its results: zero before the first launch, kept for the next by every launch.
     #: Blocks of such a program wait for each other (tl_kernels/meeting.py).
     scratch: Callable[[Problem, Config], int] | None = None
@@ -141,6 +145,8 @@ class Kernel:
         """Why there is nothing to tune or measure of this kernel on an architecture (``"cpu"``, ``"sm_90a"``), or None."""
         if self.least_arch and (arch == "cpu" or int(arch.removeprefix("sm_").rstrip("af")) < self.least_arch):
             return f"{self.name}: wanted compute capability {self.least_arch / 10} or later, not {arch}"
+        if self.last_arch and int(arch.removeprefix("sm_").rstrip("af")) > self.last_arch:
+            return f"{self.name}: wanted compute capability {self.last_arch / 10} or earlier, not {arch}"
         return self.unserved(p)
 
     def crowded(self, p: Problem, cfg: Config, multiprocessors: int) -> str | None:

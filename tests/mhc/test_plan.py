@@ -1,15 +1,17 @@
 """Which design serves an operator: the first, unless the profile has times at this shape that speak for another."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import mhc
-from mhc import backend, profile
+from mhc import backend, plan, profile
 from mhc.schema import Entry
 from tests.conftest import relative_error
 from tests.mhc.test_fused import chained, make_inputs
 from tests.mhc.test_schema import ENTRY
-from tl_kernels import WHOLE
+from tl_kernels import KERNELS, WHOLE
 
 PIECES = ["project_parts", "coefficients", "pre", "post_res_project", "coefficients", "pre", "post_res"]
 APART = [*PIECES[:3], "post_res", "project_parts", "coefficients", "pre", "post_res"]
@@ -42,6 +44,9 @@ def served(monkeypatch):
 
 
 FAST = {"project_pre": 1.0, "post_res_project_pre": 1.0}
+BACKWARD = ["pre_grad", "coefficients_bwd", "streams_grad", "sum_parts"]
+WHOLE_BACKWARD = ["post_res_coefficients_bwd", "pre_streams_grad", "sum_parts"]
+FAST_BACKWARD = {"post_res_coefficients_bwd": 0.2, "pre_streams_grad": 2.0}
 SLOW_TOGETHER = {"post_res": 0.5, "project_parts": 0.6, "post_res_project": 1.2}
 
 
@@ -71,6 +76,39 @@ def test_the_fastest_design_serves(served, monkeypatch, times, C, expected):
     assert served == expected
 
 
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({}, BACKWARD),
+        (FAST_BACKWARD, WHOLE_BACKWARD),
+        ({"pre_streams_grad": 2.0}, BACKWARD),  # half of a design
+        ({**FAST_BACKWARD, "pre_grad": 0.5, "coefficients_bwd": 0.2, "streams_grad": 1.4}, BACKWARD),
+        ({**FAST_BACKWARD, "pre_grad": 0.7, "coefficients_bwd": 0.2, "streams_grad": 1.4}, WHOLE_BACKWARD),
+    ],
+)
+def test_the_fastest_backward_serves(served, monkeypatch, times, expected):
+    monkeypatch.setattr(profile, "choose", tuned(times))
+    with mhc.use_backend("auto"):
+        out = chained(make_inputs(T=6, C=64, dtype=torch.bfloat16))
+        served.clear()
+        out["next_y"].float().sum().backward()
+    assert served == ["post_res_grads", *expected, "post_res_grads", *expected]
+
+
+def test_a_design_whose_blocks_do_not_all_fit_the_gpu_is_not_taken(monkeypatch):
+    """They would wait for each other for ever."""
+    step = plan._Step.__new__(plan._Step)
+    step.kernel, step.tokens, step.device = KERNELS["pre_streams_grad"], 64, torch.device("cuda")
+    step.problem = step.kernel.problem(4, 7168)
+    entry = {**ENTRY, "kernel": "pre_streams_grad", "n": 4, "C": 7168, "config": step.kernel.default(step.problem), "time_us": 9.0}
+    choice = profile.Choice({}, "tilelang", "exact", Entry.model_validate(entry))
+    monkeypatch.setattr(profile, "choose", lambda *_: choice)
+    for multiprocessors, time in ((132, 9.0), (112, 9.0), (78, None)):
+        properties = SimpleNamespace(multi_processor_count=multiprocessors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        assert step.tuned_us() == time
+
+
 @pytest.mark.parametrize(("n", "C", "dtype"), [(5, 64, torch.bfloat16), (4, 36, torch.bfloat16), (4, 64, torch.float32)])
 def test_a_shortcut_that_does_not_serve_is_not_taken(served, monkeypatch, n, C, dtype):
     monkeypatch.setattr(profile, "choose", tuned(FAST, n=n, C=C))
@@ -82,7 +120,7 @@ def test_a_shortcut_that_does_not_serve_is_not_taken(served, monkeypatch, n, C, 
 @pytest.mark.usefixtures("served")
 def test_all_designs_give_the_same(monkeypatch):
     grads = []
-    for times in ({}, SLOW_TOGETHER, FAST):
+    for times in ({}, SLOW_TOGETHER, {**FAST, **FAST_BACKWARD}):
         monkeypatch.setattr(profile, "choose", tuned(times))
         profile.reset()
         inputs = make_inputs(T=6, C=64, dtype=torch.bfloat16)
@@ -98,7 +136,7 @@ def test_all_designs_give_the_same(monkeypatch):
 @pytest.mark.parametrize("T", [1, 100, 1000])
 def test_all_designs_give_the_same_on_a_gpu(monkeypatch, T):
     results = []
-    for times in ({}, SLOW_TOGETHER, FAST):
+    for times in ({}, SLOW_TOGETHER, {**FAST, **FAST_BACKWARD}):
         monkeypatch.setattr(profile, "choose", tuned(times, "tilelang", C=256))
         profile.reset()
         inputs = make_inputs(T=T, C=256, dtype=torch.bfloat16, device="cuda")

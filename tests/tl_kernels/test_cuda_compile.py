@@ -28,7 +28,7 @@ ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 PAIRS = [(name, arch) for arch in ARCHS for name in NAMES if KERNELS[name].unserved_on(KERNELS[name].problem(4, 2560), arch) is None]
 PAIRS = [(name, arch) for name, arch in PAIRS if name not in WHOLE or arch != "sm_120a"]  # too little shared memory for a row
 #: Those with matrix products. A program takes a core about 12 seconds, so these alone are compiled for sm_100a and sm_120a.
-PRODUCTS = ("project", "project_bwd", "project_parts", "post_res_project", "streams_grad", *WHOLE)
+PRODUCTS = ("project", "project_bwd", "project_parts", "post_res_project", "streams_grad", "pre_streams_grad", *WHOLE)
 PAIRS = [(name, arch) for name, arch in PAIRS if name in PRODUCTS or arch in ("sm_80", "sm_90a")]
 
 

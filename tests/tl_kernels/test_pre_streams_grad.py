@@ -1,0 +1,138 @@
+"""``pre_streams_grad``: ``pre_grad`` and ``streams_grad`` in one, blocks that wait for each other."""
+
+import pytest
+import torch
+
+from tests.tl_kernels.checks import check, launcher
+from tl_kernels import KERNELS, launch
+from tl_kernels.cpu import available, compile_cpu
+from tl_kernels.launch import Launcher
+from tuner import gate
+from tuner.inputs import make_inputs
+
+KERNEL = KERNELS["pre_streams_grad"]
+SMALL = {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "lag": 2}
+# one block or several to a group, a ragged last slice, a row in one piece or several, of 64 threads or of 128
+CPU = (
+    (4, 64, {}),
+    (4, 136, {"lag": 1}),
+    (1, 200, {"lag": 3}),
+    (2, 1288, {"splits": 1}),
+    (3, 264, {"block_C": 32}),
+    (4, 1024, {"splits": 3}),
+)
+GPU = tuple((n, C, {"splits": 3}) for n in (1, 2, 3, 4) for C in (8, 200, 1288, 2048))
+GPU += (
+    *((4, 2560, {"splits": 3, "lag": lag}) for lag in (1, 2, 3)),
+    (2, 2560, {"splits": 3}),
+    (2, 2560, {"block_C": 128, "splits": 6}),
+    (4, 4096, {}),
+    (4, 7168, {"splits": 1}),
+    (4, 2560, {"block_C": 32, "splits": 1}),
+)
+
+
+def _id(case):
+    n, C, changes = case
+    return f"n{n}-C{C}-" + "-".join(str({**SMALL, **changes}[k]) for k in ("block_C", "splits", "lag"))
+
+
+CASES = [pytest.param("cpu", *case, id=f"cpu-{_id(case)}") for case in CPU]
+CASES += [pytest.param("cuda", *case, id=f"cuda-{_id(case)}", marks=pytest.mark.gpu) for case in GPU]
+
+
+@pytest.mark.parametrize(("device", "n", "C", "changes"), CASES)
+def test_matches_the_reference(device, n, C, changes):
+    check(KERNEL.name, device, n, C, cfg={**SMALL, **changes}, tokens=(1, 37, 300) if device == "cpu" else (1, 37, 131, 1000))
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
+@pytest.mark.parametrize("lag", [1, 2])
+@pytest.mark.parametrize("order", [1, 2])
+def test_roles_in_every_order_their_barriers_allow(order, lag):
+    """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
+    p = KERNEL.problem(2, 136)
+    cfg = {**SMALL, "lag": lag}
+    run = Launcher(KERNEL, p, cfg, "cpu")
+    run._call = compile_cpu(KERNEL.build(p, cfg), order=order)
+    inputs = make_inputs(KERNEL, p, 300, 0)
+    for _ in range(2):
+        gate.check(run, gate.Case(300, inputs, gate.reference_fp64(KERNEL, p, inputs)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_many_launches_of_many_lengths_with_one_scratch(lag):
+    """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
+    run = launcher(KERNEL.name, "cuda", 4, 1280, cfg={**SMALL, "splits": 6, "lag": lag})
+    inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in (1, 63, 64, 65, 383, 384, 385, 2000)}
+    first = {T: run(*inputs[T]) for T in inputs}
+    for _ in range(20):
+        for T in inputs:
+            for a, b in zip(first[T], run(*inputs[T]), strict=True):
+                assert torch.equal(a, b), T
+
+
+@pytest.mark.gpu
+def test_graphs_have_scratch_of_their_own():
+    run = launcher(KERNEL.name, "cuda", 4, 1280, cfg=SMALL)
+    inputs = make_inputs(run.kernel, run.p, 300, 0, "cuda")
+    want = run(*inputs)
+    graphs, outs = [], []
+    for _ in range(2):  # both captured on the same stream, replayed on two
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([run(*inputs) for _ in range(3)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for out in (*outs[0], *outs[1]):
+        for a, b in zip(want, out, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rinv", [0.0, 1.0])
+def test_a_row_whose_norm_overflowed_has_no_gradient_through_z(rinv, device):
+    """Its 1/r is 0, and what z holds then may be infinite."""
+    run = launcher(KERNEL.name, device.type, 4, 64, cfg=SMALL)
+    inputs = dict(zip([t.name for t in KERNEL.inputs], make_inputs(KERNEL, run.p, 70, 0, device.type), strict=True))
+    inputs["zs"][-1, 3] = rinv
+    inputs["zs"][:-1, 3] = float("inf") if rinv == 0 else 1.0
+    assert all(bool(out.float().isfinite().all()) for out in run(*inputs.values()))
+
+
+def test_rules_of_a_configuration():
+    p = KERNEL.problem(4, 2560)
+    good = {**SMALL, "splits": 3}
+    assert KERNEL.invalid(p, good) is None
+    for change, why in (
+        ({"block_T": 32}, "wanted 64 tokens and 256 threads"),
+        ({"threads": 512}, "wanted 64 tokens and 256 threads"),
+        ({"splits": 16}, "640 blocks"),
+        ({"block_C": 8}, "2 slices of dz phi"),
+        ({"block_C": 128}, "bytes of shared memory"),
+    ):
+        assert why in KERNEL.invalid(p, {**good, **change})
+    assert KERNEL.resident(KERNEL.problem(4, 7168), good) == 112
+
+
+@pytest.mark.parametrize(("n", "C", "dtype"), [(5, 64, "bfloat16"), (4, 100, "bfloat16"), (4, 64, "float16")])
+def test_says_what_it_does_not_serve(n, C, dtype):
+    assert "wanted at most 4 bfloat16" in KERNEL.unserved(KERNEL.problem(n, C, dtype))
+
+
+def test_a_gpu_too_small_to_hold_a_group_is_an_error_not_a_hang(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda: 78)
+    with pytest.raises(ValueError, match="pre_streams_grad: 112 blocks wait for each other, wanted at most 78"):
+        Launcher(KERNEL, KERNEL.problem(4, 7168), SMALL, "sm_90a")
+
+
+def test_every_seed_serves_some_problem():
+    for seed in KERNEL.seeds:
+        assert any(KERNEL.invalid(KERNEL.problem(n, C), seed) is None for n in (2, 4) for C in (2560, 7168)), seed
