@@ -80,6 +80,8 @@ def reference_fp64(kernel: Kernel, p: Problem, inputs: Sequence[torch.Tensor], c
     for start in range(0, T, rows):
         count = min(rows, T - start)
         chunk = [(v if d is None else v.narrow(d, start, count)).double() for v, d in zip(inputs, at, strict=True)]
+        if start:  # sums that another program began count once
+            chunk = [torch.zeros_like(v) if t.split and t.token_dim is None else v for t, v in zip(kernel.inputs, chunk, strict=True)]
         parts.append(kernel.reference(*chunk, **dict(p.options)))
     results = []
     for i, tensor in enumerate(kernel.outputs):

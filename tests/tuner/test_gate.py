@@ -137,7 +137,7 @@ def test_tf32_precision_does_not_pass_for_float32():
         check(fake, case(fake))
 
 
-@pytest.mark.parametrize("name", ["post_res_bwd", "project_bwd", "activate_bwd"])
+@pytest.mark.parametrize("name", ["post_res_bwd", "project_bwd", "activate_bwd", "pre_streams_grad"])
 def test_the_chunked_reference_equals_the_whole_one(name):
     kernel = KERNELS[name]
     p = kernel.problem(4, 64)
