@@ -12,11 +12,12 @@ from tests.conftest import relative_error
 from tests.mhc.test_fused import chained, make_inputs
 from tests.mhc.test_schema import ENTRY
 from tl_kernels import KERNELS, WHOLE
+from tl_kernels.cpu import available
 
 PIECES = ["project_parts", "coefficients", "pre", "post_res_project", "coefficients", "pre", "post_res"]
 APART = [*PIECES[:3], "post_res", "project_parts", "coefficients", "pre", "post_res"]
 SHORTCUTS = ["project_pre", "coefficients", "post_res_project_pre", "coefficients", "post_res"]
-SMALL = {"block_T": 16, "block_C": 64, "groups": 2, "threads": 128, "ahead": 1}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 2, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0}
 
 
 def tuned(times, impl="reference", n=4, C=64):
@@ -130,6 +131,21 @@ def test_all_designs_give_the_same(monkeypatch):
         grads.append([*(t.detach() for t in out.values()), *(t.grad for t in inputs)])
     for first, *others in zip(*grads, strict=True):
         assert all(relative_error(other, first) < 2e-3 for other in others)
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
+@pytest.mark.usefixtures("served")
+def test_both_backwards_give_the_same_on_the_cpu_target(monkeypatch):
+    """The kernels themselves, not the reference."""
+    grads = []
+    for times in ({}, FAST_BACKWARD):
+        monkeypatch.setattr(profile, "choose", tuned(times, "tilelang"))
+        profile.reset()
+        inputs = make_inputs(T=70, C=64, dtype=torch.bfloat16)
+        with mhc.use_backend("tilelang"):
+            chained(inputs)["next_y"].float().square().sum().backward()
+        grads.append([t.grad for t in inputs])
+    assert all(relative_error(b, a) < 4e-3 for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.gpu
