@@ -21,7 +21,7 @@ from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, leave_of, tag
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
-from tl_kernels.streams_grad import DX, PAD, dphi_rows, slice_columns, slices
+from tl_kernels.streams_grad import DX, PAD, dphi_rows, slice_columns, slice_macros, slices
 
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
@@ -35,8 +35,8 @@ LANES = 16
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, splits, threads = cfg["block_T"], cfg["block_C"], cfg["splits"], cfg["threads"]
-    N, kb, kp, width, wide = padded(M, 16), n * bc, dphi_rows(p, cfg), bc // slices(cfg), slice_columns(p, cfg)
-    kg = slices(cfg) * wide
+    N, kb, kp = padded(M, 16), n * bc, dphi_rows(p, cfg)
+    kg = slices(cfg) * slice_columns(p, cfg)
     lag, ring = cfg["lag"], ring_of(cfg)
     streams = tuple(range(n))
     rows = T.GemmWarpPolicy.FullRow
@@ -58,8 +58,7 @@ def build(p, cfg):
     T_ = T.dynamic("T")
     S2_ = T.dynamic("S2")
 
-    def column(j, c):
-        return c // width * wide + j * width + c % width
+    column, stage_phi, write_dx, write_dphi = slice_macros(p, cfg)
 
     def number(epoch, tile):
         return epoch + T.cast(tile + 2 * ring, "uint32")
@@ -179,7 +178,7 @@ def build(p, cfg):
             held = (wide_f, dwide_f, sums_f, total)
             word = T.alloc_fragment((share * n, 2, bt), "uint32")
             old = T.alloc_fragment((2, bt), "uint32")
-            sum = T.alloc_fragment((n, 2, bt), ACC)
+            both = T.alloc_fragment((n, 2, bt), ACC)
             slope = T.alloc_fragment((n, bt), ACC)
             dh = T.alloc_fragment((n, bt), ACC)
             db = T.alloc_fragment((n, bt), ACC)
@@ -190,7 +189,7 @@ def build(p, cfg):
             T.annotate_layout(
                 {
                     word: halves(share * n),
-                    sum: halves(n),
+                    both: halves(n),
                     old: T.Fragment((2, bt), forward_thread_fn=lambda half, t: half * bt + t, forward_index_fn=lambda half, t: 0),
                     **{v: token(n) for v in (dh, db, bias, slope)},
                     **{v: scalar() for v in (gain, dalpha, dots)},
@@ -249,13 +248,13 @@ def build(p, cfg):
                                     at = T.min(half * share + q // n, pieces - 1) * n + q % n
                                     word[q, half, t] = T.atomic_load(scratch[place(s, use, at, t)], memory_order="relaxed")
                                     old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, ring)))
-                        T.clear(sum)
+                        T.clear(both)
                         for q in T.unroll(share * n):
                             for half, t in T.Parallel(2, bt):
                                 value = T.reinterpret(T.bitwise_and(word[q, half, t], T.uint32(0xFFFFFFFE)), ACC)
-                                sum[q % n, half, t] += T.if_then_else(half * share + q // n < pieces, value, 0.0)
+                                both[q % n, half, t] += T.if_then_else(half * share + q // n < pieces, value, 0.0)
                         for j, half, t in T.Parallel(n, 2, bt):
-                            sum_s[half, j, t] = sum[j, half, t]
+                            sum_s[half, j, t] = both[j, half, t]
                         T.sync_threads(GATES, ROLE)
                         T.clear(dots)
                         for j in T.unroll(n):
@@ -325,11 +324,7 @@ def build(p, cfg):
                                 T.atomic_store(scratch[place(s, use, e % pieces * n + j, e // pieces)], bits, memory_order="relaxed")
             else:
                 T.set_max_nreg(MAIN_REGISTERS, 1)
-                for j in T.unroll(n):
-                    for m, c in T.Parallel(N, bc):
-                        value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                        phi_hi[m, column(j, c)] = high(value, dtype)
-                        phi_lo[m, column(j, c)] = low(value, dtype)
+                stage_phi(phi, c0, phi_hi, phi_lo)
                 T.clear(dphi_KN)
                 T.fence_proxy_async()
                 for i in T.serial(mine + lag):
@@ -374,16 +369,8 @@ def build(p, cfg):
                                 dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
                         T.wait_wgmma(0)
                         T.sync_threads(MAIN, threads)
-                        if C % bc == 0 and t0 + bt <= T_:  # stores without tests, so that the loads before them go out at once
-                            for t, k in T.Parallel(bt, kb):
-                                dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
-                        else:
-                            for t, k in T.Parallel(bt, kb):
-                                if t0 + t < T_ and c0 + k % bc < C:
-                                    dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
-                for k, m in T.Parallel(kp, N):
-                    if m < M and k < kb and c0 + k % bc < C:
-                        dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
+                        write_dx(dx, t0, c0, T_, dy_s, st)
+                write_dphi(dphi, s, c0, dphi_KN)
             T.sync_threads()
             if tx == 0:
                 leave(scratch, s, epoch, mine)
@@ -414,8 +401,10 @@ def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
     staged = 2 * (bt * (bc * (n + 1) + 2 * PAD + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
-    products = 2 * N * 2 * (2 * bt + slices(cfg) * slice_columns(p, cfg))
-    beside = 4 * (bt * (p.M + 3) + 64 * n * WARPS + max(bt, LANES) * (p.M + 4))
+    products = 2 * N * 2 * (bt + slices(cfg) * slice_columns(p, cfg))
+    lanes, pieces = pieces_of(p)
+    rounds = ceildiv(ceildiv(bt * pieces, ceildiv(p.C, bc)), ROLE // lanes)
+    beside = 4 * (2 * bt * (p.M - n + 1 + 2 * (n + 1)) + bt + rounds * n * WARPS + LANES * padded(p.M + 3, ROLE // LANES))
     return staged + products + beside
 
 

@@ -28,16 +28,13 @@ def build(p, cfg):
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
     overlap = cfg["overlap"] == 1
-    width, wide = bc // slices(cfg), slice_columns(p, cfg)
-    kg = slices(cfg) * wide
+    kg = slices(cfg) * slice_columns(p, cfg)
     streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
     product = T.wgmma_gemm if overlap else T.gemm
     rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
     T_ = T.dynamic("T")
 
-    def column(j, c):
-        """Where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of its own."""
-        return c // width * wide + j * width + c % width
+    column, stage_phi, write_dx, write_dphi = slice_macros(p, cfg)
 
     @T.prim_func
     def streams_grad(
@@ -78,11 +75,7 @@ def build(p, cfg):
                 fetch(dzs[:, s * bt : s * bt + bt], dz_s[0, :, :])
                 fetch(H_res[s * bt : s * bt + bt, :, :], res_s[0, :, :, :])
                 fetch(H_pre[s * bt : s * bt + bt, :], pre_s[0, :, :])
-            for j in T.unroll(n):
-                for m, c in T.Parallel(N, bc):
-                    value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                    phi_hi[m, column(j, c)] = high(value, mma)
-                    phi_lo[m, column(j, c)] = low(value, mma)
+            stage_phi(phi, c0, phi_hi, phi_lo)
             T.clear(dphi_KN)
             T.clear(dz_hi)
             T.clear(dz_lo)
@@ -156,18 +149,49 @@ def build(p, cfg):
                 if overlap:
                     T.wait_wgmma(0)
                 T.sync_threads()
-                if C % bc == 0 and t0 + bt <= T_:  # stores without tests, so that the loads before them go out at once
-                    for t, k in T.Parallel(bt, kb):
-                        dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
-                else:
-                    for t, k in T.Parallel(bt, kb):
-                        if t0 + t < T_ and c0 + k % bc < C:
-                            dx[t0 + t, k // bc, c0 + k % bc] = dy_s[st, t, k]
-            for k, m in T.Parallel(kp, N):
-                if m < M and k < kb and c0 + k % bc < C:
-                    dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
+                write_dx(dx, t0, c0, T_, dy_s, st)
+            write_dphi(dphi, s, c0, dphi_KN)
 
     return streams_grad
+
+
+def slice_macros(p, cfg):
+    """``column`` and the macros of a block's slice of the channels that ``pre_streams_grad`` shares: ``stage_phi``, ``write_dx``,
+    ``write_dphi``.
+    """
+    n, C, M, K, dtype = p.n, p.C, p.M, p.K, mma_dtype(p)
+    bt, bc, N, kb, kp = cfg["block_T"], cfg["block_C"], padded(p.M, 16), p.n * cfg["block_C"], dphi_rows(p, cfg)
+    width, wide = bc // slices(cfg), slice_columns(p, cfg)
+
+    def column(j, c):
+        """Where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of its own."""
+        return c // width * wide + j * width + c % width
+
+    @T.macro
+    def stage_phi(phi, c0, phi_hi, phi_lo):
+        for j in T.unroll(n):
+            for m, c in T.Parallel(N, bc):
+                value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
+                phi_hi[m, column(j, c)] = high(value, dtype)
+                phi_lo[m, column(j, c)] = low(value, dtype)
+
+    @T.macro
+    def write_dx(dx, t0, c0, tokens, dx_s, st):
+        if C % bc == 0 and t0 + bt <= tokens:  # stores without tests, so that the loads before them go out at once
+            for t, k in T.Parallel(bt, kb):
+                dx[t0 + t, k // bc, c0 + k % bc] = dx_s[st, t, k]
+        else:
+            for t, k in T.Parallel(bt, kb):
+                if t0 + t < tokens and c0 + k % bc < C:
+                    dx[t0 + t, k // bc, c0 + k % bc] = dx_s[st, t, k]
+
+    @T.macro
+    def write_dphi(dphi, s, c0, dphi_KN):
+        for k, m in T.Parallel(kp, N):
+            if m < M and k < kb and c0 + k % bc < C:
+                dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
+
+    return column, stage_phi, write_dx, write_dphi
 
 
 def dphi_rows(p, cfg):

@@ -48,3 +48,38 @@ def check(name, device, n, C, dtype="bfloat16", tokens=TOKENS, cfg=None, **optio
     for tensor, out in zip(run.kernel.outputs, run(*make_inputs(run.kernel, run.p, 0, 0, device)), strict=True):
         assert out.shape == tensor.shape(run.p, 0, run.cfg.get("splits", 1)), tensor.name
         assert not out.any(), tensor.name
+
+
+def check_scratch(run, tokens):
+    """Many launches of many lengths: the tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong
+    number or as a hang.
+    """
+    inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in tokens}
+    first = {T: run(*inputs[T]) for T in inputs}
+    for _ in range(20):
+        for T in inputs:
+            for a, b in zip(first[T], run(*inputs[T]), strict=True):
+                assert torch.equal(a, b), T
+
+
+def check_graphs(run, T=300):
+    """Two graphs captured on the same stream, replayed on two, with eager launches between."""
+    inputs = make_inputs(run.kernel, run.p, T, 0, "cuda")
+    want = run(*inputs)
+    graphs, outs = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([run(*inputs) for _ in range(3)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        eager = run(*inputs)
+    torch.cuda.synchronize()
+    for out in (*outs[0], *outs[1], eager):
+        for a, b in zip(want, out, strict=True):
+            assert torch.equal(a, b)

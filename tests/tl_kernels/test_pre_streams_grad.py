@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from tests.tl_kernels.checks import check, launcher
+from tests.tl_kernels.checks import check, check_graphs, check_scratch, launcher
 from tl_kernels import KERNELS, launch
 from tl_kernels.cpu import available, compile_cpu
 from tl_kernels.launch import Launcher
+from tl_kernels.pre_streams_grad import shared_bytes
 from tuner import gate
+from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
 KERNEL = KERNELS["pre_streams_grad"]
@@ -63,37 +65,13 @@ def test_roles_in_every_order_their_barriers_allow(order, lag):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lag", [1, 2, 3])
 def test_many_launches_of_many_lengths_with_one_scratch(lag):
-    """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
     run = launcher(KERNEL.name, "cuda", 4, 1280, cfg={**SMALL, "splits": 6, "lag": lag})
-    inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in (1, 63, 64, 65, 383, 384, 385, 2000)}
-    first = {T: run(*inputs[T]) for T in inputs}
-    for _ in range(20):
-        for T in inputs:
-            for a, b in zip(first[T], run(*inputs[T]), strict=True):
-                assert torch.equal(a, b), T
+    check_scratch(run, (1, 63, 64, 65, 383, 384, 385, 2000))
 
 
 @pytest.mark.gpu
 def test_graphs_have_scratch_of_their_own():
-    run = launcher(KERNEL.name, "cuda", 4, 1280, cfg=SMALL)
-    inputs = make_inputs(run.kernel, run.p, 300, 0, "cuda")
-    want = run(*inputs)
-    graphs, outs = [], []
-    for _ in range(2):  # both captured on the same stream, replayed on two
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outs.append([run(*inputs) for _ in range(3)])
-        graphs.append(graph)
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    torch.cuda.synchronize()
-    for _ in range(10):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    for out in (*outs[0], *outs[1]):
-        for a, b in zip(want, out, strict=True):
-            assert torch.equal(a, b)
+    check_graphs(launcher(KERNEL.name, "cuda", 4, 1280, cfg=SMALL))
 
 
 @pytest.mark.parametrize("rinv", [0.0, 1.0])
@@ -119,6 +97,13 @@ def test_rules_of_a_configuration():
     ):
         assert why in KERNEL.invalid(p, {**good, **change})
     assert KERNEL.resident(KERNEL.problem(4, 7168), good) == 112
+
+
+@pytest.mark.parametrize(("n", "C"), [(4, 2560), (4, 7168), (1, 200)])
+def test_shared_memory_is_known_within_a_kilobyte(n, C):
+    p = KERNEL.problem(n, C)
+    said, found = shared_bytes(p, SMALL), lowered_shared_bytes(KERNEL, KERNEL.build(p, SMALL), SMALL, "sm_90a")
+    assert found <= said < found + 1024
 
 
 @pytest.mark.parametrize(("n", "C", "dtype"), [(5, 64, "bfloat16"), (4, 100, "bfloat16"), (4, 64, "float16")])

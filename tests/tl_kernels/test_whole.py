@@ -1,9 +1,8 @@
 """``project_pre`` and ``post_res_project_pre``: a token's row on chip, in groups of blocks that wait for each other."""
 
 import pytest
-import torch
 
-from tests.tl_kernels.checks import check, launcher
+from tests.tl_kernels.checks import check, check_graphs, check_scratch, launcher
 from tl_kernels import KERNELS, WHOLE
 from tl_kernels.cpu import available, compile_cpu
 from tl_kernels.launch import Launcher
@@ -97,39 +96,14 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack):
 @pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack):
-    """The tags flip at every use of a place, whatever a launch before left: a wrong one shows as a wrong number or as a hang."""
     run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "slack": slack})
-    inputs = {T: make_inputs(run.kernel, run.p, T, T, "cuda") for T in (1, 15, 16, 17, 95, 96, 97, 500)}
-    first = {T: run(*inputs[T]) for T in inputs}
-    for _ in range(20):
-        for T in inputs:
-            for a, b in zip(first[T], run(*inputs[T]), strict=True):
-                assert torch.equal(a, b), T
+    check_scratch(run, (1, 15, 16, 17, 95, 96, 97, 500))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", WHOLE)
 def test_streams_and_graphs_have_scratch_of_their_own(name):
-    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 2})
-    inputs = make_inputs(run.kernel, run.p, 300, 0, "cuda")
-    want = run(*inputs)
-    graphs, outs = [], []
-    for _ in range(2):  # both captured on the same stream, replayed on two
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outs.append([run(*inputs) for _ in range(3)])
-        graphs.append(graph)
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    torch.cuda.synchronize()
-    for _ in range(10):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        eager = run(*inputs)
-    torch.cuda.synchronize()
-    for out in (*outs[0], *outs[1], eager):
-        for a, b in zip(want, out, strict=True):
-            assert torch.equal(a, b)
+    check_graphs(launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 2}))
 
 
 @pytest.mark.parametrize("name", WHOLE)
