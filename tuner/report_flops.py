@@ -68,6 +68,16 @@ def _post_res_grads(p: Problem) -> int:
     return 2 * p.K + 2 * p.K + 2 * p.n * p.K
 
 
+def _gates_bwd(p: Problem) -> int:
+    """H_pre's part of :func:`_activate_bwd`: n logits with what comes of them."""
+    return p.n * (3 + SIGMOID + 4 + 2 + 2 + 2)
+
+
+def _streams_grad(p: Problem) -> int:
+    """H_res^T dy, H_pre du, dz phi and its sum, the norm's part, and dphi."""
+    return 2 * p.n * p.K + 2 * p.K + 2 * p.M * p.K + p.K + 2 * p.K + 2 * p.M * p.K
+
+
 #: Operations a token.
 _A_TOKEN: dict[str, Callable[[Problem], int]] = {
     "project": _project,
@@ -86,8 +96,10 @@ _A_TOKEN: dict[str, Callable[[Problem], int]] = {
     "coefficients": lambda p: 2 + _activate(p) + _sinkhorn(p),
     "pre_grad": lambda p: 2 * p.K,
     "coefficients_bwd": lambda p: _activate_bwd(p) + _sinkhorn_bwd(p),
-    # H_res^T dy, H_pre du, dz phi and its sum, the norm's part, and dphi
-    "streams_grad": lambda p: 2 * p.n * p.K + 2 * p.K + 2 * p.M * p.K + p.K + 2 * p.K + 2 * p.M * p.K,
+    # the logits, sigmoids and their derivatives but for H_pre
+    "post_res_coefficients_bwd": lambda p: _activate_bwd(p) - _gates_bwd(p) + _sinkhorn_bwd(p),
+    "streams_grad": _streams_grad,
+    "pre_streams_grad": lambda p: 2 * p.K + _gates_bwd(p) + _streams_grad(p),
     "post_res_grads": _post_res_grads,
     "project_pre": lambda p: _project(p) + _pre_weights(p) + _pre(p),
     "post_res_project_pre": lambda p: _post_res(p) + _project(p) + _pre_weights(p) + _pre(p),

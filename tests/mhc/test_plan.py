@@ -1,5 +1,6 @@
 """Which design serves an operator: the first, unless the profile has times at this shape that speak for another."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,17 +135,24 @@ def test_all_designs_give_the_same(monkeypatch):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.usefixtures("served")
-def test_both_backwards_give_the_same_on_the_cpu_target(monkeypatch):
-    """The kernels themselves, not the reference."""
-    grads = []
-    for times in ({}, FAST_BACKWARD):
-        monkeypatch.setattr(profile, "choose", tuned(times, "tilelang"))
+def test_the_whole_backward_on_the_cpu_target(served, monkeypatch):
+    """Its kernels themselves; the reference for what they share with the other design."""
+    grads, choose = [], {whole: tuned(FAST_BACKWARD if whole else {}, n=2) for whole in (False, True)}
+    for whole in choose:
+
+        def chosen(kernel, *shape, whole=whole):
+            choice = choose[whole](kernel, *shape)
+            return replace(choice, impl="tilelang") if kernel in FAST_BACKWARD else choice
+
+        monkeypatch.setattr(profile, "choose", chosen)
         profile.reset()
-        inputs = make_inputs(T=70, C=64, dtype=torch.bfloat16)
-        with mhc.use_backend("tilelang"):
-            chained(inputs)["next_y"].float().square().sum().backward()
+        inputs = make_inputs(T=70, n=2, C=64, dtype=torch.bfloat16)
+        with mhc.use_backend("auto"):
+            out = chained(inputs)
+            served.clear()
+            out["next_y"].float().square().sum().backward()
         grads.append([t.grad for t in inputs])
+    assert served == ["post_res_grads", "sum_parts"] * 2
     assert all(relative_error(b, a) < 4e-3 for a, b in zip(*grads, strict=True))
 
 

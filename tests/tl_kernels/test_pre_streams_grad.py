@@ -14,14 +14,12 @@ from tuner.inputs import make_inputs
 
 KERNEL = KERNELS["pre_streams_grad"]
 SMALL = {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "lag": 2}
-# one block or several to a group, a ragged last slice, a row in one piece or several, of 64 threads or of 128
+# one block or several to a group, a ragged last slice, a row in one piece or several, of 64 threads or of 128; n = 4 takes g++ 25 seconds
 CPU = (
-    (4, 64, {}),
     (4, 136, {"lag": 1}),
     (1, 200, {"lag": 3}),
     (2, 1288, {"splits": 1}),
-    (3, 264, {"block_C": 32}),
-    (4, 1024, {"splits": 3}),
+    (1, 2048, {"block_C": 128, "splits": 3}),
 )
 GPU = tuple((n, C, {"splits": 3}) for n in (1, 2, 3, 4) for C in (8, 200, 1288, 2048))
 GPU += (
@@ -49,12 +47,11 @@ def test_matches_the_reference(device, n, C, changes):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize("lag", [1, 2])
 @pytest.mark.parametrize("order", [1, 2])
-def test_roles_in_every_order_their_barriers_allow(order, lag):
+def test_roles_in_every_order_their_barriers_allow(order):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
-    p = KERNEL.problem(2, 136)
-    cfg = {**SMALL, "lag": lag}
+    p = KERNEL.problem(1, 200)
+    cfg = {**SMALL, "lag": 3}
     run = Launcher(KERNEL, p, cfg, "cpu")
     run._call = compile_cpu(KERNEL.build(p, cfg), order=order)
     inputs = make_inputs(KERNEL, p, 300, 0)
@@ -77,7 +74,7 @@ def test_graphs_have_scratch_of_their_own():
 @pytest.mark.parametrize("rinv", [0.0, 1.0])
 def test_a_row_whose_norm_overflowed_has_no_gradient_through_z(rinv, device):
     """Its 1/r is 0, and what z holds then may be infinite."""
-    run = launcher(KERNEL.name, device.type, 4, 64, cfg=SMALL)
+    run = launcher(KERNEL.name, device.type, 1, 200, cfg={**SMALL, "lag": 3})
     inputs = dict(zip([t.name for t in KERNEL.inputs], make_inputs(KERNEL, run.p, 70, 0, device.type), strict=True))
     inputs["zs"][-1, 3] = rinv
     inputs["zs"][:-1, 3] = float("inf") if rinv == 0 else 1.0
@@ -99,7 +96,7 @@ def test_rules_of_a_configuration():
     assert KERNEL.resident(KERNEL.problem(4, 7168), good) == 112
 
 
-@pytest.mark.parametrize(("n", "C"), [(4, 2560), (4, 7168), (1, 200)])
+@pytest.mark.parametrize(("n", "C"), [(4, 7168), (1, 200)])
 def test_shared_memory_is_known_within_a_kilobyte(n, C):
     p = KERNEL.problem(n, C)
     said, found = shared_bytes(p, SMALL), lowered_shared_bytes(KERNEL, KERNEL.build(p, SMALL), SMALL, "sm_90a")
