@@ -172,6 +172,8 @@ class _Page:
         why = f"; not by {self.refused}" if self.refused else ""
         if entry is None:
             what = "the default configuration"
+            if self.kernel.shortcut:
+                what = f"{what} when called by itself; no boundary takes it"
             return f"{what}: the profile has no entry that is good for this{why}" if self.profile else what
         served = " (PyTorch serves, it was faster)" if self.choice.impl == "reference" else ""
         at = f"the entry tuned at {_entry_shape(self.kernel, entry)}{served}"

@@ -147,6 +147,12 @@ def test_a_kernel_without_entries_runs_its_default(said):
     assert "verdict" not in text
 
 
+def test_a_shortcut_that_the_profile_has_not_is_said_to_be_taken_by_nobody(said):
+    code, text = said("8192x4x2560", entry("post_res"), kernel="pre_streams_grad")
+    assert code == 0
+    assert "the default configuration when called by itself; no boundary takes it" in line(text, "runs with")
+
+
 def test_a_stale_entry_is_shown_for_what_it_is(said):
     code, text = said("8192x4x2560", entry(config={"old_knob": 7}, source_hash="0" * 16, **WIN), entry(C=7168))
     assert code == 1
