@@ -66,6 +66,10 @@ def build(p, cfg):
     def place(s, use, q, t):
         return ((s * ring + T.cast(use % ring, "int32")) * words + q) * bt + t
 
+    def row(q, half):
+        """The q-th word of a token that a thread adds up; past the last piece its last again, which does not count."""
+        return T.min(half * share + q // n, pieces - 1) * n + q % n
+
     def halves(size):
         """[size, 2, bt]: a thread has half of what belongs to a token."""
         return T.Fragment((size, 2, bt), forward_thread_fn=lambda q, half, t: half * bt + t, forward_index_fn=lambda q, half, t: q)
@@ -75,12 +79,6 @@ def build(p, cfg):
 
     def scalar():
         return T.Fragment((bt,), forward_thread_fn=lambda t: t, forward_index_fn=lambda t: 0)
-
-    def vector():
-        return T.Fragment((WARPS, 32, vec), forward_thread_fn=lambda w, lane, k: w * 32 + lane, forward_index_fn=lambda w, lane, k: k)
-
-    def own():
-        return T.Fragment((WARPS, 32), forward_thread_fn=lambda w, lane: w * 32 + lane, forward_index_fn=lambda w, lane: 0)
 
     @T.macro
     def load(tile, t0, c0, tensors, tiles):
@@ -220,8 +218,7 @@ def build(p, cfg):
                     if tile >= 0:
                         use = number(epoch, tile)
                         for q, half, t in T.Parallel(share * n, 2, bt):
-                            at = T.min(half * share + q // n, pieces - 1) * n + q % n
-                            word[q, half, t] = T.atomic_load(scratch[place(s, use, at, t)], memory_order="relaxed")
+                            word[q, half, t] = T.atomic_load(scratch[place(s, use, row(q, half), t)], memory_order="relaxed")
                     if tile + 1 >= 0 and tile + 1 < mine:
                         t1 = t0 + splits * bt
                         T.async_copy(dzs[n : M + 1, t1 : t1 + bt], dzs_s[(i + 1) % 2, :, :])
@@ -245,8 +242,7 @@ def build(p, cfg):
                             while T.bitwise_and(old[half, t], T.uint32(1)) != 0:
                                 old[half, t] = T.uint32(0)
                                 for q in T.unroll(share * n):
-                                    at = T.min(half * share + q // n, pieces - 1) * n + q % n
-                                    word[q, half, t] = T.atomic_load(scratch[place(s, use, at, t)], memory_order="relaxed")
+                                    word[q, half, t] = T.atomic_load(scratch[place(s, use, row(q, half), t)], memory_order="relaxed")
                                     old[half, t] = T.bitwise_or(old[half, t], T.bitwise_xor(word[q, half, t], tag(use, ring)))
                         T.clear(both)
                         for q in T.unroll(share * n):
