@@ -3,17 +3,21 @@
 dH_pre[j] = <x[j], du> takes a token's whole row, dx and dphi a slice of the channels of many tokens. So the blocks that share a tile of
 tokens, a slice each, share its rows too, and meet in global memory (tl_kernels/meeting.py). A block has three roles:
 
-    rows   partial sums of dH_pre for some pieces of rows of tile i, published
+    rows   asks for main's next tile; partial sums of dH_pre for some pieces of rows of tile i, published
     gates  the sums of all blocks for tile i - lag, and of them dz and c of the tile
     main   ``streams_grad`` of tile i - lag, as tl_kernels/streams_grad.py has it: first what needs no dz
 
-What rows reads, the main roles read again ``lag`` - 1 iterations later, when it is in L2: at 8192x4x2560 DRAM gave 1.03 times the floor's
-bytes with x one iteration behind, 1.2 times with two (results/notes.md, 2026-11-25, fourth session).
+What rows reads for its sums, it asks for again for main ``lag`` - 1 iterations later, when it is in L2: at 8192x4x2560 DRAM gave 1.03
+times the floor's bytes with x one iteration behind, 1.2 times with two (results/notes.md, 2026-11-25, fourth session).
+
+What all others wait for is main, so rows, which waits for memory anyway, issues its copies; and what they fill is swizzled: into rows padded
+against conflicts a copy took 2.6 times the wavefronts (fifth session).
 
 Only the first role's fragments have layouts by hand: TileLang 0.1.15 leaves out loops over such fragments where a role's threads do not
 begin at 0.
 """
 
+import tilelang
 import tilelang.language as T
 
 from tl_kernels import reference
@@ -21,13 +25,13 @@ from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, leave_of, tag
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
-from tl_kernels.streams_grad import DX, PAD, dphi_rows, slice_columns, slice_macros, slices
+from tl_kernels.streams_grad import DX, dphi_rows, slice_columns, slice_macros, slices
 
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
 WARPS = ROLE // 32
 #: Registers a thread of each role, together the 128 that four warpgroups begin with: rows has 20 loads of 16 bytes under way.
-MAIN_REGISTERS, ROWS_REGISTERS, GATES_REGISTERS = 160, 104, 88
+MAIN_REGISTERS, ROWS_REGISTERS, GATES_REGISTERS = 144, 136, 88
 #: Rows of dab added up at a time.
 LANES = 16
 
@@ -149,8 +153,8 @@ def build(p, cfg):
             tx = T.get_thread_binding()
             c0 = block * bc
             x_s = T.alloc_shared((2, bt, kp), dtype)
-            dy_s = T.alloc_shared((2, bt, kb + PAD), dtype)
-            du_s = T.alloc_shared((2, bt, bc + PAD), dtype)
+            dy_s = T.alloc_shared((2, bt, kb), dtype)
+            du_s = T.alloc_shared((2, bt, bc), dtype)
             res_s = T.alloc_shared((2, bt, n, n), ACC)
             pre_s = T.alloc_shared((2, bt, n), ACC)
             dz_hi = T.alloc_shared((N, bt), dtype)
@@ -191,6 +195,7 @@ def build(p, cfg):
                     old: T.Fragment((2, bt), forward_thread_fn=lambda half, t: half * bt + t, forward_index_fn=lambda half, t: 0),
                     **{v: token(n) for v in (dh, db, bias, slope)},
                     **{v: scalar() for v in (gain, dalpha, dots)},
+                    **{v: tilelang.layout.make_swizzled_layout(v) for v in (dy_s, du_s)},
                 }
             )
             epoch = T.alloc_var("uint32")
@@ -298,9 +303,14 @@ def build(p, cfg):
                         if q < L:
                             dab[s, q] = sum_f[q]
             elif tx < 2 * ROLE:
-                T.set_max_nreg(ROWS_REGISTERS, 0)
+                T.set_max_nreg(ROWS_REGISTERS, 1)
                 for i in T.serial(mine + lag):
+                    T.ptx_wait_group(0)
+                    T.fence_proxy_async()
                     T.sync_threads(TOP, everyone)
+                    ahead = i + 1 - lag
+                    if ahead >= 0 and ahead < mine:
+                        load(i + 1, (ahead * splits + s) * bt, c0, (dy, du, x, H_pre, H_res), (dy_s, du_s, x_s, pre_s, res_s))
                     if i < mine:
                         first = block * units // G
                         for r in turns:
@@ -327,11 +337,7 @@ def build(p, cfg):
                     tile = i - lag
                     t0 = (tile * splits + s) * bt
                     st = i % 2
-                    T.ptx_wait_group(0)
-                    T.fence_proxy_async()
                     T.sync_threads(TOP, everyone)
-                    if tile + 1 >= 0 and tile + 1 < mine:
-                        load(i + 1, t0 + splits * bt, c0, (dy, du, x, H_pre, H_res), (dy_s, du_s, x_s, pre_s, res_s))
                     if tile >= 0:
                         for k in T.unroll(n):
                             for t, c in T.Parallel(bt, bc):
@@ -396,7 +402,7 @@ def scratch_of(p, cfg):
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
-    staged = 2 * (bt * (bc * (n + 1) + 2 * PAD + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
+    staged = 2 * (bt * (bc * (n + 1) + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
     products = 2 * N * 2 * (bt + slices(cfg) * slice_columns(p, cfg))
     lanes, pieces = pieces_of(p)
     rounds = ceildiv(ceildiv(bt * pieces, ceildiv(p.C, bc)), ROLE // lanes)
