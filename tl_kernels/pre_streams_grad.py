@@ -28,10 +28,10 @@ from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 from tl_kernels.streams_grad import DX, dphi_rows, slice_columns, slice_macros, slices
 
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
-TOP, MAIN, GATES, READY = 3, 4, 5, 6
+TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
 WARPS = ROLE // 32
 #: Registers a thread of each role, together the 128 that four warpgroups begin with: rows has 20 loads of 16 bytes under way.
-MAIN_REGISTERS, ROWS_REGISTERS, GATES_REGISTERS = 152, 112, 96
+MAIN_REGISTERS, ROWS_REGISTERS, GATES_REGISTERS = 144, 136, 88
 #: Rows of dab added up at a time.
 LANES = 16
 
@@ -49,8 +49,9 @@ def build(p, cfg):
     lanes, pieces = pieces_of(p)
     units = bt * pieces  # pieces of rows in a tile, shared out among the blocks of a group
     few = ceildiv(units, G)  # that a block has at most
-    parts = tuple(range(lanes // 32))  # a warp takes a piece in so many loads
-    turns = tuple(range(ceildiv(few, WARPS)))
+    beside = ROLE // lanes
+    rounds = ceildiv(few, beside)
+    turns = tuple(range(rounds))
     whole = C % (lanes * vec) == 0
     words = n * pieces
     counters = splits * ring * words * bt
@@ -94,47 +95,41 @@ def build(p, cfg):
         T.async_copy(H_res[t0 : t0 + bt, :, :], res_s[tile % 2, :, :, :])
         T.async_copy(H_pre[t0 : t0 + bt, :], pre_s[tile % 2, :, :])
 
-    def unit(first, r, w):
-        """What warp w takes in its r-th turn; past the last piece of the tile that piece again, which does not count."""
-        return T.min(first + r * WARPS + w, units - 1)
-
     @T.macro
-    def find_rows(first, r, at_f, begin_f):
-        """The token of that piece in its tile and where the piece begins."""
-        for w, lane in T.Parallel(WARPS, 32):
-            at_f[w, lane] = unit(first, r, w) // pieces
-            begin_f[w, lane] = unit(first, r, w) % pieces * lanes + lane
-
-    def channel(begin_f, w, lane, part):
-        c = (begin_f[w, lane] + part * 32) * vec
-        return c if whole else T.min(c, C - vec)
-
-    @T.macro
-    def ask_rows(part, t0, tokens, x, du, found, into):
-        """A part of a piece of a row, of each stream and of du, in the tile that begins at t0."""
-        at_f, begin_f = found
+    def ask_rows(first, t0, tokens, x, du, into):
+        """A piece of a row of each stream and of du, from unit ``first`` of the tile that begins at t0."""
         for j in streams:
             for w, lane, k in T.Parallel(WARPS, 32, vec):
-                into[j][w, lane, k] = x[T.min(t0 + at_f[w, lane], tokens - 1), j, channel(begin_f, w, lane, part) + k]
+                e = T.min(first + w * 32 // lanes, units - 1)
+                c = T.min((e % pieces * lanes + w * 32 % lanes + lane) * vec, C - vec)
+                into[j][w, lane, k] = x[T.min(t0 + e // pieces, tokens - 1), j, c + k]
         for w, lane, k in T.Parallel(WARPS, 32, vec):
-            into[n][w, lane, k] = du[T.min(t0 + at_f[w, lane], tokens - 1), channel(begin_f, w, lane, part) + k]
+            e = T.min(first + w * 32 // lanes, units - 1)
+            c = T.min((e % pieces * lanes + w * 32 % lanes + lane) * vec, C - vec)
+            into[n][w, lane, k] = du[T.min(t0 + e // pieces, tokens - 1), c + k]
 
     @T.macro
-    def add_rows(part, begin_f, rows_f, held):
-        """What they add to a thread's sums."""
-        wide_f, dwide_f, sums_f = held
+    def add_rows(r, first, rows_f, held, part_s):
+        """What they add to dH_pre, a sum a warp."""
+        wide_f, dwide_f, sums_f, total = held
         for w, lane, k in T.Parallel(WARPS, 32, vec):
             dwide_f[w, lane, k] = rows_f[n][w, lane, k]
-        if not whole:  # channels past the last count nothing
-            for w, lane, k in T.Parallel(WARPS, 32, vec):
-                if (begin_f[w, lane] + part * 32) * vec >= C:
-                    dwide_f[w, lane, k] = 0.0
         for j in streams:
             for w, lane, k in T.Parallel(WARPS, 32, vec):
                 wide_f[w, lane, k] = rows_f[j][w, lane, k]
+            T.clear(sums_f[j])
             for k in T.unroll(vec):
                 for w, lane in T.Parallel(WARPS, 32):
                     sums_f[j][w, lane] += wide_f[w, lane, k] * dwide_f[w, lane, k]
+            if not whole:  # channels past the last count nothing
+                for w, lane in T.Parallel(WARPS, 32):
+                    e = T.min(first + r * beside + w * 32 // lanes, units - 1)
+                    if (e % pieces * lanes + w * 32 % lanes + lane) * vec >= C:
+                        sums_f[j][w, lane] = 0.0
+        for j in streams:
+            T.reduce_sum(sums_f[j], total, dim=1)
+            for w in T.Parallel(WARPS):
+                part_s[r, j, w] = total[w]
 
     @T.prim_func
     def pre_streams_grad(
@@ -169,6 +164,7 @@ def build(p, cfg):
             phi_lo = T.alloc_shared((N, kg), dtype)
             dzs_s = T.alloc_shared((2, rest, bt), ACC)
             zs_s = T.alloc_shared((2, n + 1, bt), ACC)
+            part_s = T.alloc_shared((rounds, n, WARPS), ACC)
             dab_s = T.alloc_shared((LANES, across), ACC)
             sum_s = T.alloc_shared((2, n + 1, bt), ACC)
             g_TK = T.alloc_fragment((bt, kg), ACC)
@@ -176,13 +172,12 @@ def build(p, cfg):
             dy_f = T.alloc_fragment((n, bt, bc), dtype)
             du_f = T.alloc_fragment((bt, bc), dtype)
             x_f = T.alloc_fragment((bt, bc), dtype)
-            row_fs = [[[T.alloc_fragment((WARPS, 32, vec), dtype) for _ in range(n + 1)] for _ in parts] for _ in turns]
+            row_fs = [[T.alloc_fragment((WARPS, 32, vec), dtype) for _ in range(n + 1)] for _ in range(rounds)]
             wide_f = T.alloc_fragment((WARPS, 32, vec), ACC)
             dwide_f = T.alloc_fragment((WARPS, 32, vec), ACC)
             sums_f = [T.alloc_fragment((WARPS, 32), ACC) for _ in range(n)]
             total = T.alloc_fragment((WARPS,), ACC)
-            held = (wide_f, dwide_f, sums_f)
-            found_fs = [[T.alloc_fragment((WARPS, 32), "int32") for _ in range(2)] for _ in turns]
+            held = (wide_f, dwide_f, sums_f, total)
             word = T.alloc_fragment((share * n, 2, bt), "uint32")
             old = T.alloc_fragment((2, bt), "uint32")
             both = T.alloc_fragment((n, 2, bt), ACC)
@@ -308,10 +303,7 @@ def build(p, cfg):
                         if q < L:
                             dab[s, q] = sum_f[q]
             elif tx < 2 * ROLE:
-                T.set_max_nreg(ROWS_REGISTERS, 0)
-                first = block * units // G
-                for r in turns:
-                    find_rows(first, r, *found_fs[r])
+                T.set_max_nreg(ROWS_REGISTERS, 1)
                 for i in T.serial(mine + lag):
                     T.ptx_wait_group(0)
                     T.fence_proxy_async()
@@ -320,24 +312,22 @@ def build(p, cfg):
                     if ahead >= 0 and ahead < mine:
                         load(i + 1, (ahead * splits + s) * bt, c0, (dy, du, x, H_pre, H_res), (dy_s, du_s, x_s, pre_s, res_s))
                     if i < mine:
-                        use = number(epoch, i)
+                        first = block * units // G
                         for r in turns:
-                            for part in parts:
-                                ask_rows(part, (i * splits + s) * bt, T_, x, du, found_fs[r], row_fs[r][part])
+                            ask_rows(first + r * beside, (i * splits + s) * bt, T_, x, du, row_fs[r])
                         for r in turns:
-                            for j in streams:
-                                T.clear(sums_f[j])
-                            for part in parts:
-                                add_rows(part, found_fs[r][1], row_fs[r][part], held)
-                            for j in streams:
-                                T.reduce_sum(sums_f[j], total, dim=1)
-                                for w in T.Parallel(WARPS):
-                                    e = first + r * WARPS + w
-                                    if e < (block + 1) * units // G:
-                                        bits = T.bitwise_and(T.reinterpret(total[w], "uint32"), T.uint32(0xFFFFFFFE))
-                                        bits = T.bitwise_or(bits, tag(use, ring))
-                                        at = place(s, use, e % pieces * n + j, e // pieces)
-                                        T.atomic_store(scratch[at], bits, memory_order="relaxed")
+                            add_rows(r, first, row_fs[r], held, part_s)
+                        T.sync_threads(ROWS, ROLE)
+                        for u, j in T.Parallel(few, n):
+                            if first + u < (block + 1) * units // G:
+                                value = T.alloc_var(ACC)
+                                value = 0.0
+                                for w in T.unroll(lanes // 32):
+                                    value += part_s[u // beside, j, u % beside * (lanes // 32) + w]
+                                use = number(epoch, i)
+                                bits = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring))
+                                e = first + u
+                                T.atomic_store(scratch[place(s, use, e % pieces * n + j, e // pieces)], bits, memory_order="relaxed")
             else:
                 T.set_max_nreg(MAIN_REGISTERS, 1)
                 stage_phi(phi, c0, phi_hi, phi_lo)
@@ -414,7 +404,9 @@ def shared_bytes(p, cfg):
     n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
     staged = 2 * (bt * (bc * (n + 1) + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
     products = 2 * N * 2 * (bt + slices(cfg) * slice_columns(p, cfg))
-    beside = 4 * (2 * bt * (p.M - n + 1 + 2 * (n + 1)) + bt + LANES * padded(p.M + 3, ROLE // LANES))
+    lanes, pieces = pieces_of(p)
+    rounds = ceildiv(ceildiv(bt * pieces, ceildiv(p.C, bc)), ROLE // lanes)
+    beside = 4 * (2 * bt * (p.M - n + 1 + 2 * (n + 1)) + bt + rounds * n * WARPS + LANES * padded(p.M + 3, ROLE // LANES))
     return staged + products + beside
 
 
