@@ -10,8 +10,8 @@ tokens, a slice each, share its rows too, and meet in global memory (tl_kernels/
 What rows reads for its sums, it asks for again for main ``lag`` - 1 iterations later, when it is in L2: at 8192x4x2560 DRAM gave 1.03
 times the floor's bytes with x one iteration behind, 1.2 times with two (results/notes.md, 2026-11-25, fourth session).
 
-What all others wait for is main, so rows, which waits for memory anyway, issues its copies; and what they fill is swizzled: into rows padded
-against conflicts a copy took 2.6 times the wavefronts (fifth session).
+What all others wait for is main, so rows, which waits for memory anyway, issues its copies; and what they fill is swizzled: into rows
+padded against conflicts a copy took 2.6 times the wavefronts (fifth session).
 
 Only the first role's fragments have layouts by hand: TileLang 0.1.15 leaves out loops over such fragments where a role's threads do not
 begin at 0.
