@@ -165,6 +165,8 @@ _DESIGNS: dict[str, tuple[tuple[Callable[..., Any], tuple[str, ...]], ...]] = {
     "leave": ((_leave, ("post_res",)),),
     "leave_bwd": ((_leave_bwd, ("post_res_grads",)),),
 }
+#: Every kernel that some design launches.
+DESIGN_KERNELS = frozenset(name for designs in _DESIGNS.values() for _, kernels in designs for name in kernels)
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _BELOW: dict[str, Below] = {}

@@ -142,7 +142,8 @@ class Bench:
     def _compile(self, place: int) -> None:
         """What one shape needs, so that the results of those before it are written; each compile has a limit."""
         shape, plan, arch = self.plan.shapes[place], self.plan, device_arch(self.plan.device)
-        found = choices(shape, self.request.dtype, plan.tokens, plan.device) if self._needs_ours(shape) else []
+        alone = self.request.kernels
+        found = choices(shape, self.request.dtype, plan.tokens, plan.device, alone) if self._needs_ours(shape) else []
         programs = [program for program in found if program_key(program, arch) not in self._compiled]
         self._compiled |= {program_key(program, arch) for program in programs}
         self.display.stage(f"{shape}: compiling", len(programs) + self.team.processes(place))
@@ -150,7 +151,7 @@ class Bench:
         with ThreadPoolExecutor(1) as beside:
             rivals = beside.submit(self.team.start, place, self.display.tick)
             try:
-                failures = compile_ahead(programs, arch, self.display.tick, busy)
+                failures = compile_ahead(programs, arch, self.display.tick, busy, alone)
                 self.result["compile_failures"] += failures
                 for one in failures:
                     self.display.note(f"{one['kernel']} n={one['n']} C={one['C']} {one['config']}: not compiled: {one['failure']}")

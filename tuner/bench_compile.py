@@ -54,10 +54,10 @@ def program_key(program: Program, arch: str) -> tuple[Any, ...]:
     return kernel, p, tuple(sorted(config.items())), arch
 
 
-def compile_job(name: str, p: Problem, config: Config, arch: str) -> dict[str, Any]:
-    """In a worker: compile one program, for the disk cache. Returns its resources; see tuner/bench_kernels.py."""
+def compile_job(name: str, p: Problem, config: Config, arch: str, resources: bool) -> dict[str, Any]:
+    """In a worker: compile one program, for the disk cache. Returns its resources, where wanted; see tuner/bench_kernels.py."""
     jit = launch.compile_kernel(KERNELS[name], p, config, arch)
-    return {} if arch == "cpu" else bench_kernels.image_resources(jit, KERNELS[name], p, config, arch)
+    return {} if arch == "cpu" or not resources else bench_kernels.image_resources(jit, KERNELS[name], p, config, arch)
 
 
 def refuse(program: Program, arch: str, why: str) -> None:
@@ -66,9 +66,9 @@ def refuse(program: Program, arch: str, why: str) -> None:
 
 
 def compile_ahead(
-    programs: Sequence[Program], arch: str, tick: Callable[[str], None], busy: Callable[[list[str]], None]
+    programs: Sequence[Program], arch: str, tick: Callable[[str], None], busy: Callable[[list[str]], None], resources: bool = True
 ) -> list[dict[str, Any]]:
-    """Compile, and keep the resources. Returns {kernel, n, C, dtype, config, failure} of those that could not be.
+    """Compile, and keep the ``resources`` where they are wanted. Returns {kernel, n, C, dtype, config, failure} of those that could not be.
 
     ``tick`` is called when one is done, ``busy`` about once a second with those being compiled. An exception, Ctrl-C among them, kills
     every compiler at once.
@@ -80,13 +80,15 @@ def compile_ahead(
         waiting: dict[Future[Any], Program] = {}
         for program in programs:
             kernel, p, config = program
-            waiting[pool.submit(compile_job, kernel.name, p, config, arch, timeout=COMPILE_S)] = program
+            waiting[pool.submit(compile_job, kernel.name, p, config, arch, resources, timeout=COMPILE_S)] = program
         while waiting:
             done, _ = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
             for future in done:
                 program = kernel, p, config = waiting.pop(future)
                 try:
-                    bench_kernels.keep_resources(kernel, p, config, arch, future.result())
+                    found = future.result()
+                    if resources:
+                        bench_kernels.keep_resources(kernel, p, config, arch, found)
                 except WorkerError as error:
                     refuse(program, arch, str(error))
                     shape = {"kernel": kernel.name, "n": p.n, "C": p.C, "dtype": p.dtype}

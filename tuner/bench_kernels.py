@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from mhc import backend, profile
+from mhc.files import read_text, replace_file
+from mhc.fused import DESIGN_KERNELS
 from tl_kernels import KERNELS
 from tl_kernels.launch import compile_kernel, device_arch, get_launcher
 from tl_kernels.spec import Config, Kernel, Problem
@@ -26,18 +29,25 @@ from tuner.timing import Call, Clock, Timed, median, median_interval
 
 #: Most launches in one sample.
 MOST_LAUNCHES = 32
+#: In a program's folder of TileLang's cache, whose manifest lets other files be.
+SHARED_FILE = "mhc_shared_bytes"
 
 
-def choices(shape: Shape, dtype: str, tokens: Iterable[int], device: torch.device) -> list[tuple[Kernel, Problem, Config]]:
-    """The programs that the profile, and the default, serve at a shape and these token counts; on the CPU not where PyTorch serves."""
+def choices(
+    shape: Shape, dtype: str, tokens: Iterable[int], device: torch.device, alone: bool = True
+) -> list[tuple[Kernel, Problem, Config]]:
+    """The programs that the profile, and the default, serve at a shape and these token counts; on the CPU not where PyTorch serves.
+
+    ``alone``: kernels are measured by themselves too. Otherwise the profile's of those that a boundary launches.
+    """
     found: dict[Any, tuple[Kernel, Problem, Config]] = {}
     for name, kernel in KERNELS.items():
         p = kernel.problem(shape.n, shape.C, dtype)
-        if kernel.unserved_on(p, device_arch(device)):
+        if kernel.unserved_on(p, device_arch(device)) or not (alone or name in DESIGN_KERNELS):
             continue
         served = [profile.choose(name, p, T, device) for T in (shape.T, *tokens)]
         configs = [c.config for c in served if not _by_pytorch(c.impl, device)]
-        for config in configs + ([kernel.default(p)] if device.type == "cuda" else []):
+        for config in configs + ([kernel.default(p)] if alone and device.type == "cuda" else []):
             found.setdefault((name, p, tuple(sorted(config.items()))), (kernel, p, config))
     return list(found.values())
 
@@ -76,10 +86,22 @@ def image_resources(jit: Any, kernel: Kernel, p: Problem, config: Config, arch: 
     if not found:
         return {}
     worst = max(found, key=lambda r: (r.registers, r.stack))
-    artifact = getattr(jit, "artifact", None)  # None where it came from the cache: then lowering once more
-    dynamic = lowered_shared_bytes(kernel, kernel.build(p, config), config, arch) if artifact is None else device_shared_bytes(artifact)
-    shared = dynamic + worst.static_shared
+    shared = _dynamic_shared(jit, folder, kernel, p, config, arch) + worst.static_shared
     return {"shared": shared} | _summary(worst, arch, shared)
+
+
+def _dynamic_shared(jit: Any, folder: str | None, kernel: Kernel, p: Problem, config: Config, arch: str) -> int:
+    """Bytes, which the image does not tell. Kept beside it: to lower a program once more takes up to a minute."""
+    artifact = getattr(jit, "artifact", None)  # None where it came from the cache
+    kept = None if folder is None else Path(folder) / SHARED_FILE
+    if artifact is None and kept is not None:
+        with contextlib.suppress(OSError, ValueError):
+            return int(read_text(kept, 64))
+    found = lowered_shared_bytes(kernel, kernel.build(p, config), config, arch) if artifact is None else device_shared_bytes(artifact)
+    if kept is not None:
+        with contextlib.suppress(OSError):
+            replace_file(kept, f"{found}\n")
+    return found
 
 
 def _summary(r: Resources, arch: str, shared: int) -> dict[str, Any]:

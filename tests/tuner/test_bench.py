@@ -161,6 +161,10 @@ def test_kernels_are_compiled_ahead_once_each_where_tilelang_serves():
     keys = [(kernel.name, tuple(sorted(config.items()))) for kernel, _, config in programs]
     assert len(set(keys)) == len(keys)
     assert {name for name, _ in keys} <= set(KERNELS)
+    with use_backend("tilelang"):
+        needed = {kernel.name for kernel, *_ in bench_kernels.choices(shape, "float32", [1, 2], cpu, alone=False)}
+    assert {"project_parts", "streams_grad", "post_res"} <= needed < {name for name, _ in keys}
+    assert not needed & {"project", "sinkhorn", "post_res_bwd"}
 
 
 #: A call in the place of the copy, and its bytes.

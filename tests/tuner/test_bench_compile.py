@@ -82,6 +82,15 @@ def test_what_compiles_brings_its_resources(monkeypatch):
     assert launch._LAUNCHERS == {}
 
 
+def test_resources_that_nobody_wants_are_not_looked_for(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "image_resources", lambda *args: pytest.fail("looked for"))
+    monkeypatch.setattr(launch, "compile_kernel", lambda *args: None)
+    assert bench_compile.compile_job("pre", *program()[1:], "sm_90a", False) == {}
+    monkeypatch.setattr(bench_compile, "compile_job", succeeds)
+    assert compile_ahead([program()], "cpu", lambda name: None, lambda names: None, resources=False) == []
+    assert bench_kernels._RESOURCES == {}
+
+
 def test_nothing_to_compile_starts_no_process(monkeypatch):
     monkeypatch.setattr(bench_compile, "WorkerPool", lambda *a, **k: pytest.fail("a pool"))
     assert ahead([]) == []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 import struct
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tl_kernels import KERNELS
-from tuner.bench_kernels import resources
+from tl_kernels.launch import compile_kernel
+from tuner import bench_kernels
+from tuner.bench_kernels import SHARED_FILE, image_resources, resources
 from tuner.cubin import Resources, blocks_per_sm, find_kernels, occupancy, read_cubin
 
 
@@ -91,3 +95,22 @@ def test_a_compiled_kernel():
     assert found["blocks_per_sm"] >= 1
     assert 0 < found["occupancy"] <= 1
     assert found["shared"] >= 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_a_program_of_the_cache_is_not_lowered_once_more_for_its_shared_memory(monkeypatch):
+    kernel = KERNELS["coefficients"]
+    p = kernel.problem(2, 64)
+    program = kernel, p, kernel.default(p), "sm_90a"
+    jit = compile_kernel(*program)
+    found = image_resources(jit, *program)
+    kept = Path(jit._tilelang_cache_path) / SHARED_FILE
+    assert int(kept.read_text()) <= found["shared"]
+    cached = SimpleNamespace(_tilelang_cache_path=jit._tilelang_cache_path)
+    monkeypatch.setattr(bench_kernels, "lowered_shared_bytes", lambda *args: pytest.fail("lowered"))
+    assert image_resources(cached, *program) == found
+    kept.write_text("damaged")
+    monkeypatch.setattr(bench_kernels, "lowered_shared_bytes", lambda *args: 4096)
+    assert image_resources(cached, *program)["shared"] >= 4096
+    assert kept.read_text() == "4096\n"
+    kept.unlink()
