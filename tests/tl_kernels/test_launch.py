@@ -1,5 +1,8 @@
 """Compiling and calling: one launcher a configuration, other devices, poisoned outputs handed in."""
 
+import ctypes
+import os
+import platform
 import signal
 import threading
 import time
@@ -78,6 +81,34 @@ def test_launchers_follow_the_current_stream():
         (u,) = run(*inputs)
     stream.synchronize()
     assert not u.any()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_memory_that_lowering_freed_goes_back_to_the_system(monkeypatch):
+    """glibc keeps what lies below a block still in use, however much it is."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    pinned, held = [], []
+
+    def resident():
+        with open("/proc/self/statm") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+    def lowers(*args, **kwargs):
+        blocks = [libc.malloc(1000) for _ in range(200_000)]
+        for block in blocks:
+            ctypes.memset(block, 1, 1000)
+        for block in blocks[:-1]:
+            libc.free(block)
+        pinned.append(blocks[-1])
+        held.append(resident())
+
+    kernel = KERNELS["pre"]
+    p = kernel.problem(4, 64)
+    monkeypatch.setattr("tilelang.compile", lowers)
+    launch.compile_kernel(kernel, p, kernel.default(p), "sm_90a")
+    assert resident() < held[0] - 100
+    libc.free(pinned[0])
 
 
 def test_ctrl_c_ends_a_wait_after_a_program_was_lowered(monkeypatch, request):
