@@ -17,7 +17,6 @@ Only the first role's fragments have layouts by hand: TileLang 0.1.15 leaves out
 begin at 0.
 """
 
-import tilelang
 import tilelang.language as T
 
 from tl_kernels import reference
@@ -37,6 +36,8 @@ LANES = 16
 
 
 def build(p, cfg):
+    from tilelang.layout import make_swizzled_layout  # specs come without TileLang
+
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, splits, threads = cfg["block_T"], cfg["block_C"], cfg["splits"], cfg["threads"]
     N, kb, kp = padded(M, 16), n * bc, dphi_rows(p, cfg)
@@ -195,7 +196,7 @@ def build(p, cfg):
                     old: T.Fragment((2, bt), forward_thread_fn=lambda half, t: half * bt + t, forward_index_fn=lambda half, t: 0),
                     **{v: token(n) for v in (dh, db, bias, slope)},
                     **{v: scalar() for v in (gain, dalpha, dots)},
-                    **{v: tilelang.layout.make_swizzled_layout(v) for v in (dy_s, du_s)},
+                    **{v: make_swizzled_layout(v) for v in (dy_s, du_s)},
                 }
             )
             epoch = T.alloc_var("uint32")

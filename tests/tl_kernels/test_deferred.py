@@ -12,7 +12,7 @@ from tl_kernels import KERNELS
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Kernels that between them use every helper of the package.
-BUILT = ("coefficients", "post_res_project_pre", "streams_grad", "pre_grad", "pre")
+BUILT = ("coefficients", "post_res_project_pre", "streams_grad", "pre_streams_grad", "pre_grad", "pre")
 
 CODE = """if True:
     import hashlib, sys
