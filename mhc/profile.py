@@ -4,11 +4,12 @@ A profile is looked for in this order, per device:
 
 1. the one given to :func:`load_profile`;
 2. the one named by the environment variable ``MHC_PROFILE`` (a path, a packaged name, or ``none`` for defaults only);
-3. the packaged one named after the device (:func:`profile_name`).
+3. the packaged one named after the device (:func:`profile_name`);
+4. where no packaged one is, that of another GPU with the same architecture (``sm_90a``): the nearest in multiprocessors.
 
 What is not as it should be is said once, by a warning of the logger ``mhc``:
 
-* tuned on another GPU: used only where ``load_profile`` asked for it and the architecture is the same, else the next source serves;
+* tuned on another GPU: used only where the architecture is the same and either ``load_profile`` asked for it or no other source serves;
 * tuned on another board of the same name (``H100 PCIe`` and ``H100 80GB HBM3``): used;
 * tuned for another version of a kernel (``source_hash``): those entries are not used;
 * tuned at other shapes: the nearest entry that is valid for this shape is used, else the kernel's default;
@@ -168,6 +169,27 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
 
 
+def related_profiles(arch: str, gpu: str, sm_count: int | None = None) -> list[Profile]:
+    """The packaged profiles of other GPUs than ``gpu`` (as the driver names it) with the same architecture (``"sm_90a"``), that of the GPU
+    with the most similar number of multiprocessors first. A malformed one is left out; whoever asks for it by name is told.
+    """
+    found = []
+    for name in packaged_names():
+        try:
+            other = _read(packaged_dir() / f"{name}.yaml")
+        except ProfileError:
+            continue
+        where = other.provenance
+        if where.arch == arch and profile_name(where.gpu) != profile_name(gpu):
+            far = abs((where.sm_count or 0) - sm_count) if sm_count else 0
+            found.append((far, name, other))
+    return [other for _, _, other in sorted(found, key=lambda item: item[:2])]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @functools.cache
 def _cpu_model() -> str:
     try:
@@ -184,7 +206,7 @@ def _cpu_model() -> str:
 class _Source:
     profile: Profile
     path: str
-    how: Literal["load_profile", "MHC_PROFILE", "packaged"]
+    how: Literal["load_profile", "MHC_PROFILE", "packaged", "related"]
 
 
 @dataclass
@@ -260,6 +282,11 @@ def _look_for_source(device: torch.device) -> _Source | None:
     gpu = device_name(device)
     name = "cpu" if device.type == "cpu" else profile_name(gpu)
     if name not in packaged_names():
+        for related in () if device.type == "cpu" else related_profiles(device_arch(device), gpu, _multiprocessors(device)):
+            source = _Source(related, f"{profile_name(related.provenance.gpu)}.yaml", "related")
+            message = f"no tuned profile for {gpu}; kernels run as tuned on {related.provenance.gpu}, which has the same architecture"
+            _say(logging.WARNING, "none", name, message=f"{message}; to tune: mhc-tune --gpu {name}")
+            return source
         level = logging.INFO if device.type == "cpu" else logging.WARNING
         _say(level, "none", name, message=f"no tuned profile for {gpu}; kernels run with defaults; to tune: mhc-tune --gpu {name}")
         return None

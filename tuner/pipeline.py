@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mhc.profile import related_profiles
 from mhc.schema import Entry
 from tuner.compile_job import compile_job
 from tuner.compiling import Compiling
@@ -86,11 +87,14 @@ class Pipeline:
         self.deadline = Deadline(settings.time_limit, len(wanted), self.lookahead)
         self.studies: list[Study] = []
         searches: list[Search] = []
-        warm = Warm(store, searches, writer.entries if writer is not None else ())
+        hw = settings.hardware
+        related = [entry for other in related_profiles(hw.arch, hw.name, hw.sm_count) for entry in other.entries]
+        warm = Warm(store, searches, [*(writer.entries if writer is not None else ()), *related])
         seed = settings.seed if settings.search_seed is None else settings.search_seed
         for order in wanted:
             task = order.task
-            search = Search(task, store, order.trials, seed, partial(warm.hints, task), order.sampler, partial(warm.known, task))
+            hints, known = partial(warm.hints, task), partial(warm.known, task)
+            search = Search(task, store, order.trials, seed, hints, order.sampler, known, warm.priors(task))
             searches.append(search)
             self.studies.append(Study(order, search, len(self.studies)))
         if announce:

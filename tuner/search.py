@@ -46,7 +46,8 @@ class ConfirmationFatal(Exception):
 
 class Search:
     """Suggestions and results of one task. ``trials`` is what the study should have in the end, stored ones included; with the sampler
-    ``brute-force`` it is the whole space. ``hints``: what to try after the default. ``known``: a result that is known from elsewhere.
+    ``brute-force`` it is the whole space. ``priors``: what to try after the default, before the kernel's seeds; ``hints``: after those.
+    ``known``: a result that is known from elsewhere.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Search:
         hints: Callable[[], Iterable[dict[str, Any]]] = lambda: (),
         sampler: str = DEFAULT_SAMPLER,
         known: Callable[[str], Result | None] = lambda key: None,
+        priors: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.task = task
         self.space = Space(task)
@@ -75,7 +77,7 @@ class Search:
         self._random = random.Random(f"{seed}|{task.key}")
         self._brain = optuna.create_study(sampler=make_sampler(sampler, seed, self.trials, self._listed()))
         self._asked: dict[str, optuna.Trial] = {}
-        self._first: deque[dict[str, Any]] = deque([self.default, *self.space.seeds])
+        self._first: deque[dict[str, Any]] = deque([self.default, *({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
         self._again: deque[dict[str, Any]] = deque()
         self._deaths: Counter[str] = Counter()
         self._hinted = False

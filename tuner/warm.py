@@ -20,13 +20,28 @@ BEST_OF_OTHERS = 2
 
 
 class Warm:
-    """``searches`` of this run (it may grow), studies that only stand in the storage, and ``entries`` of the profile so far."""
+    """``searches`` of this run (it may grow), studies that only stand in the storage, and ``entries`` of the profile so far and of other
+    GPUs' profiles, those to be preferred first.
+    """
 
     def __init__(self, store: Store, searches: Sequence[Search], entries: Iterable[Entry] = ()) -> None:
         self._store, self._searches = store, searches
         self._entries = [e for e in entries if e.kernel in KERNELS and e.source_hash == KERNELS[e.kernel].source_hash]
         self._names: list[tuple[str, Order]] | None = None
         self._archive: dict[str, dict[str, tuple[Config, Result]]] = {}
+
+    def priors(self, task: Task) -> list[Config]:
+        """What profiles say of this very program, for the nearest T each: worth trying before anything but the default."""
+        spec = task.spec
+        same = [
+            e
+            for e in self._entries
+            if (e.kernel, e.n) == (task.kernel, task.p.n)
+            and (e.C == task.p.C or not spec.has_channels)
+            and (e.dtype == task.p.dtype or not spec.has_streams)
+        ]
+        nearest = sorted(same, key=lambda e: abs(math.log(e.tokens / task.T)))[:BEST_OF_OTHERS]
+        return [dict(e.config) for e in nearest]
 
     def hints(self, task: Task) -> list[Config]:
         """Configurations for ``task``, most promising first: of the same program at other T (already compiled), then of other shapes."""

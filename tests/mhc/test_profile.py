@@ -60,8 +60,9 @@ def entry(**fields: Any) -> dict[str, Any]:
     return {**copy.deepcopy(ENTRY), "config": {"block_C": 256, "threads": 128}, "source_hash": HASH, **fields}
 
 
-def profile(*entries: dict[str, Any], gpu: str = "NVIDIA H100 80GB HBM3", arch: str = "sm_90a") -> Profile:
-    return Profile.model_validate({**PROFILE, "provenance": {**PROFILE["provenance"], "gpu": gpu, "arch": arch}, "entries": list(entries)})
+def profile(*entries: dict[str, Any], gpu: str = "NVIDIA H100 80GB HBM3", arch: str = "sm_90a", **where: Any) -> Profile:
+    provenance = {**PROFILE["provenance"], "gpu": gpu, "arch": arch, **where}
+    return Profile.model_validate({**PROFILE, "provenance": provenance, "entries": list(entries)})
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(mp, "packaged_dir", lambda: configs)
     monkeypatch.setattr(mp, "device_name", lambda device: "AMD EPYC" if device.type == "cpu" else "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(mp, "device_arch", lambda device: "cpu" if device.type == "cpu" else "sm_90a")
+    monkeypatch.setattr(mp, "_multiprocessors", lambda device: 132)
     monkeypatch.delenv("MHC_PROFILE", raising=False)
     mp.reset()
     yield configs
@@ -405,6 +407,36 @@ def test_no_profile_says_what_to_run_once_per_gpu(said):
     for kernel in ("post_res", "pre"):
         assert choose(kernel, SHAPE, 8192, H100).origin == "default"
     assert said() == ["no tuned profile for NVIDIA H100 80GB HBM3; kernels run with defaults; to tune: mhc-tune --gpu h100"]
+
+
+def test_a_gpu_without_a_profile_gets_that_of_a_related_one_and_says_so(machine, said):
+    save_profile(profile(entry(config=A), gpu="NVIDIA H20", sm_count=78), machine / "h20.yaml")
+    save_profile(profile(entry(config=B), gpu="NVIDIA H200", sm_count=132), machine / "h200.yaml")
+    save_profile(profile(entry(), **OTHER_ARCH), machine / "a100.yaml")
+    (machine / "broken.yaml").write_text("{}")
+    for kernel in ("post_res", "pre"):
+        choose(kernel, SHAPE, 8192, H100)
+    assert choose("post_res", SHAPE, 8192, H100) == Choice(B, "tilelang", "exact")
+    (about,) = (m for m in said() if "no tuned profile" in m)
+    assert "NVIDIA H100 80GB HBM3" in about
+    assert "as tuned on NVIDIA H200, which has the same architecture" in about
+    assert "mhc-tune --gpu h100" in about
+
+
+def test_a_related_gpu_has_the_same_architecture_and_is_asked_last(machine, monkeypatch):
+    save_profile(profile(entry(config=A), **OTHER_ARCH), machine / "a100.yaml")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "default"
+    mp.reset()
+    save_profile(profile(entry(config=B), **OTHER), machine / "h200.yaml")
+    monkeypatch.setenv("MHC_PROFILE", "none")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "default"
+    mp.reset()
+    monkeypatch.delenv("MHC_PROFILE")
+    assert choose("post_res", SHAPE, 8192, H100).config == B
+    mp.reset()
+    save_profile(profile(entry(config=A)), machine / "h100.yaml")
+    assert choose("post_res", SHAPE, 8192, H100).config == A
+    assert choose("post_res", SHAPE, 8192, CPU).origin == "default"
 
 
 def test_the_packaged_profile_is_found_by_device_name(machine, said):

@@ -55,7 +55,9 @@ def make_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         devices: tuple[Device, ...] = (Device(0, None, "", ""),),
         hardware: Hardware = HARDWARE,
         sampler: str = "tpe",
+        related: tuple[Profile, ...] = (),
     ) -> Pipeline:
+        monkeypatch.setattr(pipeline_module, "related_profiles", lambda arch, gpu, sm_count: list(related))
         jobs = {"compile_job": compile, "measure_job": measure, "confirm_job": confirm, "copy_job": planted.copy_ok}
         for name, job in jobs.items():
             monkeypatch.setattr(pipeline_module, name, job)

@@ -196,6 +196,20 @@ def test_other_shapes_are_tried_where_their_best_was(make_pipeline):
     assert asked[1] == 2048, "the one of them that divides C = 4096 comes right after the default"
 
 
+def test_what_another_gpus_profile_ships_is_tried_before_the_seeds(make_pipeline, tmp_path):
+    make_pipeline([make_task(C=2560)], trials=50).run()
+    other = read_profile(tmp_path / "cpu.yaml")
+    (tmp_path / "cpu.yaml").unlink()
+    shipped = other.entries[0].config
+    task = gpu_task(C=2560, device="Test GPU")
+    run = make_pipeline([task, gpu_task(C=1280, device="Test GPU")], trials=2, hardware=GPU, related=(other,))
+    run.run()
+    tried = [[row.cfg for row in study.search._claims.read() if row.cfg] for study in run.studies]
+    assert tried[0] == [task.spec.default(task.p), shipped]
+    assert shipped not in tried[1], "at another C it is a hint like any other"
+    assert shipped != task.spec.default(task.p)
+
+
 def test_an_entry_says_how_it_was_found(make_pipeline):
     run = make_pipeline([make_task()], trials=3, sampler="random")
     run.run()
