@@ -15,11 +15,14 @@ from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
-#: Channels more in a staged row that is read in the layout of a product: rows of eight tokens in different banks.
+#: Channels more in a staged row that is read in the layout of a product and is not swizzled: rows of eight tokens in different banks.
+#: Copies of 16 bytes a thread into such rows take 2.6 times the wavefronts (results/notes.md); hence the knob ``swizzle``.
 PAD = 8
 
 
 def build(p, cfg):
+    from tilelang.layout import make_swizzled_layout  # specs come without TileLang
+
     n, C, M, K, dtype, mma = p.n, p.C, p.M, p.K, p.dtype, mma_dtype(p)
     bt, bc, splits, stages = cfg["block_T"], cfg["block_C"], cfg["splits"], cfg["stages"]
     N = padded(M, 16)
@@ -28,6 +31,7 @@ def build(p, cfg):
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
     overlap = cfg["overlap"] == 1
+    pad = 0 if cfg["swizzle"] else PAD
     kg = slices(cfg) * slice_columns(p, cfg)
     streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
     product = T.wgmma_gemm if overlap else T.gemm
@@ -51,8 +55,8 @@ def build(p, cfg):
         with T.Kernel(T.ceildiv(C, bc), splits, threads=cfg["threads"]) as (block, s):
             c0 = block * bc
             x_s = T.alloc_shared((stages, bt, kp), dtype)
-            dy_s = T.alloc_shared((stages, bt, kb + PAD), dtype)
-            du_s = T.alloc_shared((stages, bt, bc + PAD), dtype)
+            dy_s = T.alloc_shared((stages, bt, kb + pad), dtype)
+            du_s = T.alloc_shared((stages, bt, bc + pad), dtype)
             dz_s = T.alloc_shared((stages, M + 1, bt), ACC)
             res_s = T.alloc_shared((stages, bt, n, n), ACC)
             pre_s = T.alloc_shared((stages, bt, n), ACC)
@@ -66,6 +70,8 @@ def build(p, cfg):
             dy_f = T.alloc_fragment((n, bt, bc), dtype)
             du_f = T.alloc_fragment((bt, bc), dtype)
             x_f = T.alloc_fragment((bt, bc), dtype)
+            if cfg["swizzle"]:
+                T.annotate_layout({v: make_swizzled_layout(v) for v in (dy_s, du_s)})
             tiles = T.ceildiv(T.ceildiv(T_, bt), splits)
             if stages == 2:
                 for j in T.unroll(n):
@@ -213,7 +219,7 @@ def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
     part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 16)
-    staged = stages * (bt * (bc * (n + 1) + 2 * PAD + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
+    staged = stages * (bt * (bc * (n + 1) + 2 * (0 if cfg["swizzle"] else PAD) + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
     split = 0 if part == 2 else x_parts(p) * bt * kp * 4
     return staged + split + 2 * N * part * (bt + slices(cfg) * slice_columns(p, cfg))
 
@@ -227,6 +233,8 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_C={bc}, threads={threads}: a warp multiplies at least 16 tokens by 8 channels"
     if cfg["overlap"] and (mma_dtype(p) != "bfloat16" or bt % 64 or threads % 128):
         return f"overlap={cfg['overlap']}: wanted bf16 streams, block_T a multiple of 64 and threads of 128"
+    if cfg["swizzle"] and (p.itemsize != 2 or cfg["stages"] == 1 or bc % 32):
+        return f"swizzle={cfg['swizzle']}: wanted 16-bit streams, 2 stages and block_C a multiple of 32"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
     kp = dphi_rows(p, cfg)
@@ -244,7 +252,7 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    rest = {"stages": 1, "overlap": 0}
+    rest = {"stages": 1, "overlap": 0, "swizzle": 0}
     cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, **rest} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
@@ -272,16 +280,20 @@ streams_grad = Kernel(
         "threads": (128, 256, 512),
         "stages": (1, 2),
         "overlap": (0, 1),
+        "swizzle": (0, 1),
     },
     default=default,
     invalid=invalid,
     seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1},
-        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 1},
+        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 1},
+        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 1},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "swizzle": 1},
+        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 0},
+        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 0},
+        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 0},
+        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "swizzle": 0},
     ),
     reference=reference.streams_grad,
-    gpu_only=("threads", "stages", "overlap"),
+    gpu_only=("threads", "stages", "overlap", "swizzle"),
 )
