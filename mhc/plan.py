@@ -27,6 +27,9 @@ Design = tuple[tuple[Signature, ...], Body]
 _MAX_PLANS = 4096
 #: Share by which another design must be faster: its kernels' times come from runs of their own, and one launch more is not in them.
 MARGIN = 0.01
+#: Multiprocessors that a design whose blocks wait for each other leaves to others: NCCL's kernels hold up to 32. Beside four all-reduces
+#: three boundaries at C = 7168, 112 such blocks, took 90 ms instead of 2.7 on two H200s (results/notes.md, 2026-11-29).
+COMPANY = 32
 
 
 class _Step:
@@ -54,7 +57,7 @@ class _Step:
             return None
         if self.device.type == "cuda" and self.kernel.resident:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-            if self.kernel.crowded(self.problem, tuned.config, multiprocessors):
+            if self.kernel.crowded(self.problem, tuned.config, multiprocessors - COMPANY):
                 return None
         return tuned.time_us
 

@@ -33,6 +33,8 @@ WARPS = ROLE // 32
 MAIN_REGISTERS, ROWS_REGISTERS, GATES_REGISTERS = 144, 136, 88
 #: Rows of dab added up at a time.
 LANES = 16
+#: Pieces of rows that a thread has under way at once, unrolled: with 32 (C = 8, n = 4) it was still compiling after four minutes.
+ROUNDS = 8
 
 
 def build(p, cfg):
@@ -51,7 +53,7 @@ def build(p, cfg):
     units = bt * pieces  # pieces of rows in a tile, shared out among the blocks of a group
     few = ceildiv(units, G)  # that a block has at most
     beside = ROLE // lanes
-    rounds = ceildiv(few, beside)
+    rounds = rounds_of(p, cfg)
     turns = tuple(range(rounds))
     whole = C % (lanes * vec) == 0
     words = n * pieces
@@ -388,6 +390,13 @@ def pieces_of(p):
     return lanes, ceildiv(p.C, lanes * vec)
 
 
+def rounds_of(p, cfg):
+    """Pieces that a group of threads adds up one after another."""
+    lanes, pieces = pieces_of(p)
+    few = ceildiv(cfg["block_T"] * pieces, ceildiv(p.C, cfg["block_C"]))
+    return ceildiv(few, ROLE // lanes)
+
+
 def ring_of(cfg):
     """Places that tiles pass through in scratch. A block that publishes tile i has read tile i - 1 - lag, which all had published by then,
     each after it had read tile i - 2 - 2 lag.
@@ -405,8 +414,7 @@ def shared_bytes(p, cfg):
     n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
     staged = 2 * (bt * (bc * (n + 1) + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
     products = 2 * N * 2 * (bt + slices(cfg) * slice_columns(p, cfg))
-    lanes, pieces = pieces_of(p)
-    rounds = ceildiv(ceildiv(bt * pieces, ceildiv(p.C, bc)), ROLE // lanes)
+    rounds = rounds_of(p, cfg)
     beside = 4 * (2 * bt * (p.M - n + 1 + 2 * (n + 1)) + bt + rounds * n * WARPS + LANES * padded(p.M + 3, ROLE // LANES))
     return staged + products + beside
 
@@ -423,6 +431,8 @@ def invalid(p, cfg):
     G = ceildiv(p.C, bc)
     if bt * pieces_of(p)[1] < G:
         return f"block_C={bc}: {G} blocks to a group, wanted at most {bt * pieces_of(p)[1]}, one for each piece of a row"
+    if rounds_of(p, cfg) > ROUNDS:
+        return f"C={p.C}, block_C={bc}: {G} blocks for the rows of 64 tokens, wanted more"
     if G * cfg["splits"] > 256:
         return f"splits={cfg['splits']}: {G * cfg['splits']} blocks, wanted about as many as there are multiprocessors"
     need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024

@@ -39,8 +39,11 @@ def test_every_tiling(n, C, changes, device):
         (4, 2560, {}),
         (4, 1000, {}),
         (4, 2560, {"threads": 512}),
+        (4, 2560, {"swizzle": 0}),
+        (4, 2560, {"overlap": 0}),
+        (4, 2560, {"block_C": 32}),
         (8, 2560, {"block_T": 32, "block_C": 32, "overlap": 0}),
-        (8, 2560, {"block_C": 32, "stages": 1}),
+        (8, 2560, {"block_C": 32, "stages": 1, "swizzle": 0}),
     ],
 )
 def test_configurations_for_a_gpu(n, C, changes):
@@ -50,12 +53,20 @@ def test_configurations_for_a_gpu(n, C, changes):
 @pytest.mark.parametrize(
     ("n", "changes", "why"),
     [
-        (4, {"block_C": 48, "threads": 512}, "4 slices"),  # 12 channels in each
+        (4, {"block_C": 48, "threads": 512, "swizzle": 0}, "4 slices"),  # 12 channels in each
         (4, {"block_C": 128}, "registers"),
+        (4, {"block_C": 48}, "swizzle=1"),
+        (4, {"stages": 1}, "swizzle=1"),
     ],
 )
 def test_what_cannot_work_says_why(n, changes, why):
     assert why in KERNEL.invalid(KERNEL.problem(n, 2560), {**SEED, **changes})
+
+
+def test_swizzled_rows_are_for_16_bit_streams():
+    seed = {**SEED, "overlap": 0, "block_C": 32}
+    assert "swizzle=1" in KERNEL.invalid(KERNEL.problem(4, 2560, "float32"), seed)
+    assert KERNEL.invalid(KERNEL.problem(4, 2560, "float16"), seed) is None
 
 
 @pytest.mark.parametrize("seed", KERNEL.seeds, ids=str)
