@@ -282,14 +282,14 @@ def _look_for_source(device: torch.device) -> _Source | None:
     gpu = device_name(device)
     name = "cpu" if device.type == "cpu" else profile_name(gpu)
     if name not in packaged_names():
-        for related in () if device.type == "cpu" else related_profiles(device_arch(device), gpu, _multiprocessors(device)):
-            source = _Source(related, f"{profile_name(related.provenance.gpu)}.yaml", "related")
-            message = f"no tuned profile for {gpu}; kernels run as tuned on {related.provenance.gpu}, which has the same architecture"
-            _say(logging.WARNING, "none", name, message=f"{message}; to tune: mhc-tune --gpu {name}")
-            return source
-        level = logging.INFO if device.type == "cpu" else logging.WARNING
-        _say(level, "none", name, message=f"no tuned profile for {gpu}; kernels run with defaults; to tune: mhc-tune --gpu {name}")
-        return None
+        to_tune = f"to tune: mhc-tune --gpu {name}"
+        if device.type == "cpu":
+            _say(logging.INFO, "none", name, message=f"no tuned profile for {gpu}; kernels run with defaults; {to_tune}")
+            return None
+        related = next(iter(related_profiles(device_arch(device), gpu, _multiprocessors(device))), None)
+        as_what = f"as tuned on {related.provenance.gpu}, which has the same architecture" if related else "with defaults"
+        _say(logging.WARNING, "none", name, message=f"no tuned profile for {gpu}; kernels run {as_what}; {to_tune}")
+        return _Source(related, f"{profile_name(related.provenance.gpu)}.yaml", "related") if related else None
     path = packaged_dir() / f"{name}.yaml"
     try:
         source = _Source(_read(path), str(path), "packaged")
@@ -381,7 +381,7 @@ def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> lis
     if key not in _STATE.fresh:
         every = [e for e in source.profile.entries if e.kernel == kernel.name]
         fresh = [e for e in every if e.source_hash == kernel.source_hash]
-        gpu = profile_name(source.profile.provenance.gpu) if device.type == "cuda" else "cpu"
+        gpu = profile_name(device_name(device)) if device.type == "cuda" else "cpu"
         run = f"mhc-tune --gpu {gpu} --kernels {kernel.name}"
         if len(fresh) < len(every):
             count = "all" if not fresh else f"{len(every) - len(fresh)} of {len(every)}"

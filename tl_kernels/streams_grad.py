@@ -16,7 +16,7 @@ from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
 #: Channels more in a staged row that is read in the layout of a product and is not swizzled: rows of eight tokens in different banks.
-#: Copies of 16 bytes a thread into such rows take 2.6 times the wavefronts (results/notes.md); hence the knob ``swizzle``.
+#: Copies of 16 bytes a thread into such rows take 2.6 times the wavefronts (results/notes.md, 2026-11-25); hence the knob ``swizzle``.
 PAD = 8
 
 
@@ -31,7 +31,7 @@ def build(p, cfg):
     direct, nx = dtype == mma, x_parts(p)
     fetch = T.copy if stages == 1 else T.async_copy
     overlap = cfg["overlap"] == 1
-    pad = 0 if cfg["swizzle"] else PAD
+    pad = pad_of(cfg)
     kg = slices(cfg) * slice_columns(p, cfg)
     streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
     product = T.wgmma_gemm if overlap else T.gemm
@@ -205,6 +205,10 @@ def dphi_rows(p, cfg):
     return padded(p.n * cfg["block_C"], cfg["threads"] // 2)
 
 
+def pad_of(cfg):
+    return 0 if cfg["swizzle"] else PAD
+
+
 def slices(cfg):
     """Slices of a block's channels: the warps share the tokens, 16 each, those left over the channels."""
     return max(1, cfg["threads"] // 2 // cfg["block_T"])
@@ -219,7 +223,7 @@ def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
     part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 16)
-    staged = stages * (bt * (bc * (n + 1) + 2 * (0 if cfg["swizzle"] else PAD) + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
+    staged = stages * (bt * (bc * (n + 1) + 2 * pad_of(cfg) + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
     split = 0 if part == 2 else x_parts(p) * bt * kp * 4
     return staged + split + 2 * N * part * (bt + slices(cfg) * slice_columns(p, cfg))
 

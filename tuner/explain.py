@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mhc.plan import COMPANY
 from mhc.profile import Choice, ProfileError, choose_from, nearest_entry, packaged_names, profile_name, read_profile
 from mhc.schema import Entry, Profile, Provenance
 from tl_kernels import KERNELS, NAMES
@@ -151,8 +152,11 @@ class _Page:
         tuned_on = f", tuned on {where.gpu} ({where.arch})" if where else ": every kernel runs its default"
         self._line("profile", f"{self.name}{tuned_on}")
         self._line("runs with", self._found())
-        if self.stale and entry is not None and where is not None:
-            self._line("STALE", self._stale(entry, where))
+        if entry is not None and where is not None:
+            if where.sm_count and (why := kernel.crowded(self.p, self.choice.config, where.sm_count - COMPANY)):
+                self._line("boundary", f"none takes it, so that {COMPANY} multiprocessors are left to NCCL: {why}")
+            if self.stale:
+                self._line("STALE", self._stale(entry, where))
         self.console.print()
         self.console.print(self._configs())
         if entry is None or where is None:

@@ -89,9 +89,9 @@ def test_the_fastest_design_serves(served, monkeypatch, times, C, expected):
     ],
 )
 def test_the_fastest_backward_serves(served, monkeypatch, times, expected):
-    monkeypatch.setattr(profile, "choose", tuned(times))
+    monkeypatch.setattr(profile, "choose", tuned(times, C=256))
     with mhc.use_backend("auto"):
-        out = chained(make_inputs(T=6, C=64, dtype=torch.bfloat16))
+        out = chained(make_inputs(T=6, C=256, dtype=torch.bfloat16))
         served.clear()
         out["next_y"].float().sum().backward()
     assert served == ["post_res_grads", *expected, "post_res_grads", *expected]
@@ -123,9 +123,9 @@ def test_a_shortcut_that_does_not_serve_is_not_taken(served, monkeypatch, n, C, 
 def test_all_designs_give_the_same(monkeypatch):
     grads = []
     for times in ({}, SLOW_TOGETHER, {**FAST, **FAST_BACKWARD}):
-        monkeypatch.setattr(profile, "choose", tuned(times))
+        monkeypatch.setattr(profile, "choose", tuned(times, C=256))
         profile.reset()
-        inputs = make_inputs(T=6, C=64, dtype=torch.bfloat16)
+        inputs = make_inputs(T=6, C=256, dtype=torch.bfloat16)
         with mhc.use_backend("auto"):
             out = chained(inputs)
             out["next_y"].float().square().sum().backward()
@@ -137,7 +137,7 @@ def test_all_designs_give_the_same(monkeypatch):
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
 def test_the_whole_backward_on_the_cpu_target(served, monkeypatch):
     """Its kernels themselves; the reference for what they share with the other design."""
-    grads, choose = [], {whole: tuned(FAST_BACKWARD if whole else {}, n=2) for whole in (False, True)}
+    grads, choose = [], {whole: tuned(FAST_BACKWARD if whole else {}, n=2, C=256) for whole in (False, True)}
     for whole in choose:
 
         def chosen(kernel, *shape, whole=whole):
@@ -146,7 +146,7 @@ def test_the_whole_backward_on_the_cpu_target(served, monkeypatch):
 
         monkeypatch.setattr(profile, "choose", chosen)
         profile.reset()
-        inputs = make_inputs(T=70, n=2, C=64, dtype=torch.bfloat16)
+        inputs = make_inputs(T=70, n=2, C=256, dtype=torch.bfloat16)
         with mhc.use_backend("auto"):
             out = chained(inputs)
             served.clear()

@@ -423,6 +423,13 @@ def test_a_gpu_without_a_profile_gets_that_of_a_related_one_and_says_so(machine,
     assert "mhc-tune --gpu h100" in about
 
 
+def test_what_a_related_profile_lacks_is_to_be_tuned_for_this_gpu(machine, said):
+    save_profile(profile(entry(source_hash="another"), gpu="NVIDIA H200"), machine / "h200.yaml")
+    assert choose("post_res", SHAPE, 8192, H100).origin == "default"
+    (about,) = (m for m in said() if "another version" in m)
+    assert about.endswith("run: mhc-tune --gpu h100 --kernels post_res")
+
+
 def test_a_related_gpu_has_the_same_architecture_and_is_asked_last(machine, monkeypatch):
     save_profile(profile(entry(config=A), **OTHER_ARCH), machine / "a100.yaml")
     assert choose("post_res", SHAPE, 8192, H100).origin == "default"
