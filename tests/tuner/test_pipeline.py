@@ -201,8 +201,8 @@ def test_what_another_gpus_profile_ships_is_tried_before_the_seeds(make_pipeline
     other = read_profile(tmp_path / "cpu.yaml")
     (tmp_path / "cpu.yaml").unlink()
     shipped = other.entries[0].config
-    task = gpu_task(C=2560, device="Test GPU")
-    run = make_pipeline([task, gpu_task(C=1280, device="Test GPU")], trials=2, hardware=GPU, related=(other,))
+    task = gpu_task(C=2560)
+    run = make_pipeline([task, gpu_task(C=1280)], trials=2, hardware=GPU, related=(other,))
     run.run()
     tried = [[row.cfg for row in study.search._claims.read() if row.cfg] for study in run.studies]
     assert tried[0] == [task.spec.default(task.p), shipped]

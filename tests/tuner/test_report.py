@@ -544,7 +544,7 @@ def test_this_repository_makes_a_page(tmp_path, capsys):
     out = tmp_path / "deep" / "report.html"
     assert run_report(ReportRequest(ROOT / "results", ROOT / "configs", out, False, "mhc-tune report")) == 0
     page = out.read_text()
-    assert len(page.encode()) < 1_500_000  # 1.05 MB with everything tuned on the CPU too
+    assert len(page.encode()) < 2_500_000  # 1.92 MB with an H100, an H200 and the CPU, everything tuned on each
     check_inert(page, out.parent)
     roof = next(s for s in svgs(page) if "d0-roofline" in s.get("aria-labelledby"))
     tuned = {e.kernel for file in ("h100", "cpu") for e in read_profile(ROOT / "configs" / f"{file}.yaml").entries}

@@ -165,15 +165,16 @@ def test_filters_keep_what_they_name(profile):
     ("args", "words"),
     [
         ((), "check: there is no GPU here; to compile and compare without one: mhc-tune check --static"),
+        (("--static",), "--gpu auto: got no GPU with a profile, wanted one of h100, h200"),
         (("--static", "--gpu", "h10"), "unknown --gpu 'h10'; did you mean 'h100'?"),
         (("--static", "--gpu", "h100", "--profile", "h100"), "--profile and --gpu: got both"),
         (("--static", "--profile", "none/such.yaml"), "none/such.yaml: cannot be read"),
         (("--static", "--profile", "cpu"), "got a profile of a CPU, wanted one of a GPU"),
-        (("--static", "--kernels", "prae"), "unknown kernel 'prae'; did you mean 'pre'?"),
-        (("--static", "--workloads", "mhc-27"), "unknown workload 'mhc-27'; did you mean 'mhc-27b'?"),
-        (("--static", "--shapes", "4x2560"), "--shapes: got '4x2560', wanted TxnxC"),
-        (("--static", "--shapes", "1x1x1"), "got filters that no entry of the profile passes"),
-        (("--static", "--fingerprints", "no/such.json"), "no/such.json: no fingerprints to compare with"),
+        (("--static", "--gpu", "h100", "--kernels", "prae"), "unknown kernel 'prae'; did you mean 'pre'?"),
+        (("--static", "--gpu", "h100", "--workloads", "mhc-27"), "unknown workload 'mhc-27'; did you mean 'mhc-27b'?"),
+        (("--static", "--gpu", "h100", "--shapes", "4x2560"), "--shapes: got '4x2560', wanted TxnxC"),
+        (("--static", "--gpu", "h100", "--shapes", "1x1x1"), "got filters that no entry of the profile passes"),
+        (("--static", "--gpu", "h100", "--fingerprints", "no/such.json"), "no/such.json: no fingerprints to compare with"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(check, args, words):
