@@ -56,8 +56,9 @@ class _Step:
         if tuned is None or tuned.n != self.problem.n or (self.kernel.has_channels and tuned.C != self.problem.C):
             return None
         if self.device.type == "cuda" and self.kernel.resident:
-            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-            if self.kernel.crowded(self.problem, tuned.config, multiprocessors - COMPANY):
+            from tl_kernels.launch import multiprocessors
+
+            if self.kernel.crowded(self.problem, tuned.config, multiprocessors(self.device) - COMPANY):
                 return None
         return tuned.time_us
 

@@ -40,7 +40,7 @@ from mhc.files import replace_file
 from mhc.schema import Entry, Profile
 from mhc.yamlfile import YAMLFileError, first_complaint, read_yaml
 from tl_kernels import KERNELS
-from tl_kernels.launch import device_arch
+from tl_kernels.launch import device_arch, multiprocessors
 from tl_kernels.spec import Kernel, Problem
 
 log = logging.getLogger("mhc")
@@ -186,10 +186,6 @@ def related_profiles(arch: str, gpu: str, sm_count: int | None = None) -> list[P
     return [other for _, _, other in sorted(found, key=lambda item: item[:2])]
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @functools.cache
 def _cpu_model() -> str:
     try:
@@ -286,7 +282,7 @@ def _look_for_source(device: torch.device) -> _Source | None:
         if device.type == "cpu":
             _say(logging.INFO, "none", name, message=f"no tuned profile for {gpu}; kernels run with defaults; {to_tune}")
             return None
-        related = next(iter(related_profiles(device_arch(device), gpu, _multiprocessors(device))), None)
+        related = next(iter(related_profiles(device_arch(device), gpu, multiprocessors(device))), None)
         as_what = f"as tuned on {related.provenance.gpu}, which has the same architecture" if related else "with defaults"
         _say(logging.WARNING, "none", name, message=f"no tuned profile for {gpu}; kernels run {as_what}; {to_tune}")
         return _Source(related, f"{profile_name(related.provenance.gpu)}.yaml", "related") if related else None

@@ -50,8 +50,9 @@ def device_arch(device: torch.device) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
-def _multiprocessors() -> int:
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+def multiprocessors(device: torch.device | None = None) -> int:
+    """Of a CUDA device; None: the current one."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device() if device is None else device).multi_processor_count
 
 
 def compile_kernel(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Any:
@@ -89,7 +90,7 @@ class Launcher:
 
     def __init__(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> None:
         self.kernel, self.p, self.cfg, self.target = kernel, p, dict(cfg), target
-        if target != "cpu" and torch.cuda.is_available() and (why := kernel.crowded(p, cfg, _multiprocessors())):
+        if target != "cpu" and torch.cuda.is_available() and (why := kernel.crowded(p, cfg, multiprocessors())):
             raise ValueError(why)
         # bfloat16 is stored as float32 on the CPU target
         self._as_float = target == "cpu" and p.dtype == "bfloat16"

@@ -75,7 +75,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(mp, "packaged_dir", lambda: configs)
     monkeypatch.setattr(mp, "device_name", lambda device: "AMD EPYC" if device.type == "cpu" else "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(mp, "device_arch", lambda device: "cpu" if device.type == "cpu" else "sm_90a")
-    monkeypatch.setattr(mp, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(mp, "multiprocessors", lambda device: 132)
     monkeypatch.delenv("MHC_PROFILE", raising=False)
     mp.reset()
     yield configs

@@ -112,7 +112,7 @@ def test_says_what_it_does_not_serve(n, C, dtype):
 
 def test_a_gpu_too_small_to_hold_a_group_is_an_error_not_a_hang(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(launch, "_multiprocessors", lambda: 78)
+    monkeypatch.setattr(launch, "multiprocessors", lambda: 78)
     with pytest.raises(ValueError, match="pre_streams_grad: 112 blocks wait for each other, wanted at most 78"):
         Launcher(KERNEL, KERNEL.problem(4, 7168), SMALL, "sm_90a")
 
