@@ -20,11 +20,12 @@ begin at 0.
 import tilelang.language as T
 
 from tl_kernels import reference
+from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, leave_of, tag
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
-from tl_kernels.streams_grad import DX, dphi_rows, slice_columns, slice_macros, slices
+from tl_kernels.streams_grad import DX
 
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
@@ -333,7 +334,7 @@ def build(p, cfg):
                                 T.atomic_store(scratch[place(s, use, e % pieces * n + j, e // pieces)], bits, memory_order="relaxed")
             else:
                 T.set_max_nreg(MAIN_REGISTERS, 1)
-                stage_phi(phi, c0, phi_hi, phi_lo)
+                stage_phi(phi, block, phi_hi, phi_lo)
                 T.clear(dphi_KN)
                 T.fence_proxy_async()
                 for i in T.serial(mine + lag):
@@ -374,8 +375,8 @@ def build(p, cfg):
                                 dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
                         T.wait_wgmma(0)
                         T.sync_threads(MAIN, threads)
-                        write_dx(dx, t0, c0, T_, dy_s, st)
-                write_dphi(dphi, s, c0, dphi_KN)
+                        write_dx(dx, t0, block, T_, dy_s, st)
+                write_dphi(dphi, s, block, dphi_KN)
             T.sync_threads()
             if tx == 0:
                 leave(scratch, s, epoch, mine)

@@ -11,7 +11,8 @@ longer at n = 4, C = 2560 and half as long again at n = 8: results/notes.md.)
 
 import tilelang.language as T
 
-from tl_kernels import reference
+from tl_kernels import reference, streams_grad_roles
+from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
@@ -21,6 +22,8 @@ PAD = 8
 
 
 def build(p, cfg):
+    if cfg["roles"]:
+        return streams_grad_roles.build(p, cfg)
     from tilelang.layout import make_swizzled_layout  # specs come without TileLang
 
     n, C, M, K, dtype, mma = p.n, p.C, p.M, p.K, p.dtype, mma_dtype(p)
@@ -81,7 +84,7 @@ def build(p, cfg):
                 fetch(dzs[:, s * bt : s * bt + bt], dz_s[0, :, :])
                 fetch(H_res[s * bt : s * bt + bt, :, :], res_s[0, :, :, :])
                 fetch(H_pre[s * bt : s * bt + bt, :], pre_s[0, :, :])
-            stage_phi(phi, c0, phi_hi, phi_lo)
+            stage_phi(phi, block, phi_hi, phi_lo)
             T.clear(dphi_KN)
             T.clear(dz_hi)
             T.clear(dz_lo)
@@ -155,72 +158,20 @@ def build(p, cfg):
                 if overlap:
                     T.wait_wgmma(0)
                 T.sync_threads()
-                write_dx(dx, t0, c0, T_, dy_s, st)
-            write_dphi(dphi, s, c0, dphi_KN)
+                write_dx(dx, t0, block, T_, dy_s, st)
+            write_dphi(dphi, s, block, dphi_KN)
 
     return streams_grad
-
-
-def slice_macros(p, cfg):
-    """``column`` and the macros of a block's slice of the channels that ``pre_streams_grad`` shares: ``stage_phi``, ``write_dx``,
-    ``write_dphi``.
-    """
-    n, C, M, K, dtype = p.n, p.C, p.M, p.K, mma_dtype(p)
-    bt, bc, N, kb, kp = cfg["block_T"], cfg["block_C"], padded(p.M, 16), p.n * cfg["block_C"], dphi_rows(p, cfg)
-    width, wide = bc // slices(cfg), slice_columns(p, cfg)
-
-    def column(j, c):
-        """Where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of its own."""
-        return c // width * wide + j * width + c % width
-
-    @T.macro
-    def stage_phi(phi, c0, phi_hi, phi_lo):
-        for j in T.unroll(n):
-            for m, c in T.Parallel(N, bc):
-                value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
-                phi_hi[m, column(j, c)] = high(value, dtype)
-                phi_lo[m, column(j, c)] = low(value, dtype)
-
-    @T.macro
-    def write_dx(dx, t0, c0, tokens, dx_s, st):
-        if C % bc == 0 and t0 + bt <= tokens:  # stores without tests, so that the loads before them go out at once
-            for t, k in T.Parallel(bt, kb):
-                dx[t0 + t, k // bc, c0 + k % bc] = dx_s[st, t, k]
-        else:
-            for t, k in T.Parallel(bt, kb):
-                if t0 + t < tokens and c0 + k % bc < C:
-                    dx[t0 + t, k // bc, c0 + k % bc] = dx_s[st, t, k]
-
-    @T.macro
-    def write_dphi(dphi, s, c0, dphi_KN):
-        for k, m in T.Parallel(kp, N):
-            if m < M and k < kb and c0 + k % bc < C:
-                dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
-
-    return column, stage_phi, write_dx, write_dphi
-
-
-def dphi_rows(p, cfg):
-    """Columns of x in a tile, n blocks of channels, padded so that every warp owns 16 rows of dphi; what is past them is never stored."""
-    return padded(p.n * cfg["block_C"], cfg["threads"] // 2)
 
 
 def pad_of(cfg):
     return 0 if cfg["swizzle"] else PAD
 
 
-def slices(cfg):
-    """Slices of a block's channels: the warps share the tokens, 16 each, those left over the channels."""
-    return max(1, cfg["threads"] // 2 // cfg["block_T"])
-
-
-def slice_columns(p, cfg):
-    """Columns of dz phi in a slice, all streams, padded to what tensor cores multiply at a time."""
-    return padded(p.n * cfg["block_C"] // slices(cfg), 16)
-
-
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
+    if cfg["roles"]:
+        return streams_grad_roles.shared_bytes(p, cfg)
     n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
     part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 16)
     staged = stages * (bt * (bc * (n + 1) + 2 * pad_of(cfg) + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
@@ -237,10 +188,14 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_C={bc}, threads={threads}: a warp multiplies at least 16 tokens by 8 channels"
     if cfg["overlap"] and (mma_dtype(p) != "bfloat16" or bt % 64 or threads % 128):
         return f"overlap={cfg['overlap']}: wanted bf16 streams, block_T a multiple of 64 and threads of 128"
-    if cfg["swizzle"] and (p.itemsize != 2 or cfg["stages"] == 1 or bc % 32):
+    if cfg["swizzle"] and (p.itemsize != 2 or cfg["stages"] == 1 or (bc % 32 and not cfg["roles"])):
         return f"swizzle={cfg['swizzle']}: wanted 16-bit streams, 2 stages and block_C a multiple of 32"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
+    if cfg["roles"] and (why := streams_grad_roles.invalid(p, cfg)):
+        return why
+    if cfg["helpers"] and not cfg["roles"]:
+        return f"helpers={cfg['helpers']}: wanted roles=1"
     kp = dphi_rows(p, cfg)
     if kp > 2 * p.n * bc:
         return f"block_C={bc}, threads={threads}: {threads // 32} warps need at least {threads // 4} columns of x"
@@ -256,12 +211,14 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    rest = {"stages": 1, "overlap": 0, "swizzle": 0}
+    rest = {"stages": 1, "overlap": 0, "swizzle": 0, "roles": 0, "helpers": 0}
     cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, **rest} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
 
 
+#: Knobs of which a seed names the value.
+SWITCHES = ("overlap", "swizzle", "roles", "helpers")
 DX = Tensor("dx", "T n C", "stream")
 
 streams_grad = Kernel(
@@ -285,19 +242,27 @@ streams_grad = Kernel(
         "stages": (1, 2),
         "overlap": (0, 1),
         "swizzle": (0, 1),
+        "roles": (0, 1),
+        "helpers": tuple({0: 0, streams_grad_roles.helpers_of(p): 0}),
     },
     default=default,
     invalid=invalid,
-    seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 1},
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 1},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 1},
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "swizzle": 1},
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 0},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 0},
-        {"block_T": 64, "block_C": 128, "splits": 13, "threads": 256, "stages": 2, "overlap": 1, "swizzle": 0},
-        {"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "swizzle": 0},
-    ),
+    seeds=tuple(
+        {"block_T": 64, "block_C": bc, "splits": splits, "threads": 256, "stages": 2, **dict(zip(SWITCHES, switches, strict=True))}
+        for bc, splits, switches in (
+            (64, 3, (1, 1, 1, 0)),
+            (64, 4, (1, 1, 1, 10)),
+            (64, 2, (1, 1, 1, 0)),
+            (64, 2, (1, 1, 1, 19)),
+            (64, 3, (1, 1, 0, 0)),
+            (64, 2, (1, 1, 0, 0)),
+            (64, 1, (1, 1, 0, 0)),
+            (64, 3, (0, 1, 0, 0)),
+            (128, 13, (1, 0, 0, 0)),
+        )
+    )
+    + ({"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "swizzle": 0, "roles": 0, "helpers": 0},),
     reference=reference.streams_grad,
-    gpu_only=("threads", "stages", "overlap", "swizzle"),
+    gpu_only=("threads", "stages", "overlap", "swizzle", "roles", "helpers"),
+    pass_configs=lambda cfg: streams_grad_roles.PASS_CONFIGS if cfg["roles"] else {},
 )
