@@ -217,8 +217,11 @@ def default(p):
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
 
 
-#: Knobs of which a seed names the value.
-SWITCHES = ("overlap", "swizzle", "roles", "helpers")
+def _seed(block_C, splits, roles=1, overlap=1, swizzle=1, helpers=0):
+    cfg = {"block_T": 64, "block_C": block_C, "splits": splits, "threads": 256, "stages": 2}
+    return {**cfg, "overlap": overlap, "swizzle": swizzle, "roles": roles, "helpers": helpers}
+
+
 DX = Tensor("dx", "T n C", "stream")
 
 streams_grad = Kernel(
@@ -237,7 +240,7 @@ streams_grad = Kernel(
     space=lambda p: {
         "block_T": (32, 64),
         "block_C": (16, 32, 64, 128),
-        "splits": (1, 2, 3, 4, 8, 13, 16),
+        "splits": (1, 2, 3, 4, 6, 7, 8, 13, 16),
         "threads": (128, 256, 512),
         "stages": (1, 2),
         "overlap": (0, 1),
@@ -247,21 +250,20 @@ streams_grad = Kernel(
     },
     default=default,
     invalid=invalid,
-    seeds=tuple(
-        {"block_T": 64, "block_C": bc, "splits": splits, "threads": 256, "stages": 2, **dict(zip(SWITCHES, switches, strict=True))}
-        for bc, splits, switches in (
-            (64, 3, (1, 1, 1, 0)),
-            (64, 4, (1, 1, 1, 10)),
-            (64, 2, (1, 1, 1, 0)),
-            (64, 2, (1, 1, 1, 19)),
-            (64, 3, (1, 1, 0, 0)),
-            (64, 2, (1, 1, 0, 0)),
-            (64, 1, (1, 1, 0, 0)),
-            (64, 3, (0, 1, 0, 0)),
-            (128, 13, (1, 0, 0, 0)),
-        )
-    )
-    + ({"block_T": 32, "block_C": 32, "splits": 3, "threads": 256, "stages": 2, "overlap": 0, "swizzle": 0, "roles": 0, "helpers": 0},),
+    seeds=(
+        _seed(64, 4, helpers=10),
+        _seed(64, 3),
+        _seed(64, 2, helpers=19),
+        _seed(64, 2),
+        _seed(64, 3, helpers=4),
+        _seed(128, 7, helpers=10),
+        _seed(128, 6),
+        _seed(16, 4),
+        _seed(64, 1, roles=0),
+        _seed(64, 3, roles=0, overlap=0),
+        _seed(128, 13, roles=0, swizzle=0),
+        {**_seed(32, 3, roles=0, overlap=0, swizzle=0), "block_T": 32},
+    ),
     reference=reference.streams_grad,
     gpu_only=("threads", "stages", "overlap", "swizzle", "roles", "helpers"),
     pass_configs=lambda cfg: streams_grad_roles.PASS_CONFIGS if cfg["roles"] else {},

@@ -133,13 +133,12 @@ def build(p, cfg):
             here = block % G
             length = T.max(T.ceildiv(most - block // G, own), 1)
             count = length
-            if helpers:
-                if block >= G * own:
-                    first = most
-                    end = tiles
-                    here = block - G * own
-                    length = left
-                    count = left * T.ceildiv(G - here, helpers)
+            if helpers and block >= G * own:
+                first = most
+                end = tiles
+                here = block - G * own
+                length = left
+                count = left * T.ceildiv(G - here, helpers)
             step = T.if_then_else(block < G * own, own, 1) if helpers else own
             part = T.if_then_else(block < G * own, block // G, own) if helpers else block // G
             next_t0 = T.alloc_var("int32")
@@ -248,5 +247,5 @@ def invalid(p, cfg):
 def helpers_of(p, block_C=64, multiprocessors=132):
     """How many helpers are worth trying: as many as there are multiprocessors left, with as few slices more for one than for another."""
     G = ceildiv(p.C, block_C)
-    left = multiprocessors % G if G <= multiprocessors else 0
+    left = multiprocessors % G if multiprocessors >= G else 0
     return ceildiv(G, ceildiv(G, left)) if left else 0
