@@ -1,8 +1,8 @@
 """The roles of a block's warps in the whole passes (tl_kernels/whole.py), each with a loop of its own: what one holds in registers is not
 held by all.
 
-    main     makes u of tile i - lag, asks for a tile, in this order or (``early``) the other, works on tile i when it has arrived
-    product  z of tile i - 1 for this slice of the channels, published
+    main     makes u of tile i - lag, asks for a tile, in this order or (``early`` 1) the other, works on tile i when it has arrived
+    product  with ``early`` 2 asks for the tile in main's place; z of tile i - 1 for this slice of the channels, published
     sums     asks for words of the group, two tiles after the main role or more; makes H_pre of the sums of an iteration before, while the
              words are on their way: a load cannot be under way across a barrier; then adds up, with two levels a share and the totals
 
@@ -46,6 +46,7 @@ def roles(p, cfg, load, work, raw):
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     registers, everyone = registers_of(p, cfg), threads + 2 * ROLE
     sizes, few = (G, groups, bt, M + 1, n + 1, ring_of(cfg)), (n + 1) * bt
+    fed, copies = early == 2, n if raw else n + 3  # of a tile
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
     count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if levels == 2:
@@ -148,7 +149,7 @@ def roles(p, cfg, load, work, raw):
         if i < mine:
             load(i, t0, c0, tensors, tiles)
         else:
-            for _ in T.unroll(n + len(tiles) - 1):
+            for _ in T.unroll(copies):
                 T.ptx_commit_group()
 
     @T.macro
@@ -175,7 +176,7 @@ def roles(p, cfg, load, work, raw):
             stage(c0, phi, x_s)
             T.sync_threads(PHI, 2 * ROLE)
         if tx < threads:
-            for i in T.unroll(ahead):
+            for i in T.unroll(ahead + fed):
                 go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
             for i in T.serial(mine + lag):
                 t0 = (i * groups + g) * bt
@@ -186,11 +187,12 @@ def roles(p, cfg, load, work, raw):
                     give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u)
                 if early == 0:
                     go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
-                T.ptx_wait_group(ahead * (n + len(tiles) - 1))
-                if raw:
-                    T.fence_proxy_async()
-                else:
-                    T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
+                if not fed or i == 0:
+                    T.ptx_wait_group(0 if fed else ahead * copies)
+                    if raw:
+                        T.fence_proxy_async()
+                    else:
+                        T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, put_mean, (scratch, g, s, epoch), outs[2:])
         elif tx < threads + ROLE:
@@ -199,8 +201,13 @@ def roles(p, cfg, load, work, raw):
             fill(x_s, phi_f)
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
+                if fed:
+                    go_on(i + ahead, mine, ((i + ahead) * groups + g) * bt, c0, tensors, tiles)
                 if i < mine + 1:
                     multiply(i - 1, s, g, epoch, scratch, phi_f, x_s, z_NT)
+                if fed:  # tile i + 1 is there when all begin it
+                    T.ptx_wait_group((ahead - 1) * copies)
+                    T.fence_proxy_async()
         else:
             if registers is not None:
                 T.set_max_nreg(registers[1], 0)

@@ -240,7 +240,7 @@ streams_grad = Kernel(
     space=lambda p: {
         "block_T": (32, 64),
         "block_C": (16, 32, 64, 128),
-        "splits": (1, 2, 3, 4, 6, 7, 8, 13, 16),
+        "splits": (1, 2, 3, 4, 5, 6, 7, 8, 13, 16),
         "threads": (128, 256, 512),
         "stages": (1, 2),
         "overlap": (0, 1),
@@ -256,6 +256,8 @@ streams_grad = Kernel(
         _seed(64, 2, helpers=19),
         _seed(64, 2),
         _seed(64, 3, helpers=4),
+        _seed(64, 5, helpers=10),
+        _seed(64, 7, helpers=10),
         _seed(128, 7, helpers=10),
         _seed(128, 6),
         _seed(16, 4),

@@ -61,7 +61,7 @@ def buffers_of(p, cfg):
     """Tiles of the streams on chip: a tile is asked for when u of the one in its place is made, or ``early``, before, into a place more.
     phi passes through those not in use yet.
     """
-    return cfg["ahead"] + max(lag_of(cfg) + cfg["early"], 1 + ceildiv(2 * p.M, cfg["block_T"]))
+    return cfg["ahead"] + max(lag_of(cfg) + (cfg["early"] > 0), 1 + ceildiv(2 * p.M, cfg["block_T"]))
 
 
 def row_layouts(p, cfg, of):
@@ -149,7 +149,7 @@ SPACE = {
     "ahead": (1, 2, 3),
     "levels": (1, 2),
     "slack": (0, 1, 2),
-    "early": (0, 1),
+    "early": (0, 1, 2),
 }
 
 
@@ -169,6 +169,11 @@ def default(p):
 SEEDS = tuple(
     dict(zip(SPACE, values, strict=True))
     for values in (
+        (16, 128, 6, 256, 3, 2, 2, 2),
+        (16, 128, 4, 256, 3, 2, 2, 2),
+        (16, 128, 2, 256, 3, 2, 2, 2),
+        (32, 128, 6, 256, 1, 2, 1, 2),
+        (32, 128, 2, 256, 1, 2, 0, 2),
         (16, 128, 6, 256, 3, 2, 2, 0),
         (16, 128, 4, 128, 3, 2, 2, 0),
         (32, 128, 2, 256, 1, 2, 1, 0),

@@ -25,6 +25,8 @@ CPU = (
     (4, 264, {**RELAY, "slack": 1, "ahead": 3}),
     (4, 136, {"groups": 2, "slack": 1, "early": 1}),
     (4, 264, {**RELAY, "slack": 2, "ahead": 2}),
+    (4, 136, {"groups": 2, "slack": 1, "early": 2}),
+    (4, 264, {**RELAY, "slack": 2, "ahead": 3, "early": 2}),
 )
 WIDE = {**SMALL, "block_C": 128, "threads": 256}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
@@ -45,11 +47,14 @@ GPU += (
     (4, 7168, {**WIDE, "groups": 2, "threads": 128, "ahead": 3, "levels": 2, "slack": 1}),
     (4, 7168, {**WIDE, "groups": 2, "ahead": 3, "levels": 2, "slack": 2, "early": 1}),
     (4, 7168, {**WIDE, "block_T": 32, "groups": 2, "levels": 2, "slack": 1}),
+    (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "early": 2}),
+    (2, 2560, {**WIDE, "block_T": 32, "groups": 6, "slack": 1, "early": 2}),
+    (4, 7168, {**WIDE, "groups": 2, "ahead": 1, "levels": 2, "slack": 2, "early": 2}),
     (4, 7168, None),
     (4, 4096, None),
     (3, 1280, None),
 )
-FEW = (CPU[1], CPU[3], CPU[6])  # the two programs share all but the main role
+FEW = (CPU[1], CPU[3], CPU[6], CPU[10])  # the two programs share all but the main role
 CASES = [
     pytest.param(name, "cpu", n, C, {**SMALL, **cfg}, id=f"{name}-cpu-n{n}-C{C}")
     for name in WHOLE
@@ -78,13 +83,13 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("levels", "slack", "early"), [(1, 0, 0), (1, 1, 2), (2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 2, 2)])
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
-def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack):
+def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, early):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]
     p = kernel.problem(4, 136 if levels == 1 else 264)
-    cfg = {**SMALL, "levels": levels, "slack": slack, "block_C": 128 if levels == 1 else 64}
+    cfg = {**SMALL, "levels": levels, "slack": slack, "early": early, "block_C": 128 if levels == 1 else 64}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
