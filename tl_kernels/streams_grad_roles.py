@@ -66,10 +66,10 @@ def build(p, cfg):
             dz_f[m, t, e] = T.if_then_else(m < M and t0 + t * 4 + e < tokens, dzs[m, t0 + t * 4 + e], 0.0)
         for t in T.Parallel(bt):
             c_f[t] = T.if_then_else(t0 + t < tokens, dzs[M, t0 + t], 0.0)
-        for t, q in T.Parallel(bt, n * n):
-            res_f[t, q] = T.if_then_else(t0 + t < tokens, H_res[t0 + t, q // n, q % n], 0.0)
-        for t, q in T.Parallel(bt, n):
-            pre_f[t, q] = T.if_then_else(t0 + t < tokens, H_pre[t0 + t, q], 0.0)
+        for t, q in T.Parallel(bt, even(n * n)):
+            res_f[t, q] = T.if_then_else(q < n * n and t0 + t < tokens, H_res[t0 + t, q // n, q % n], 0.0)
+        for t, q in T.Parallel(bt, even(n)):
+            pre_f[t, q] = T.if_then_else(q < n and t0 + t < tokens, H_pre[t0 + t, q], 0.0)
 
     @T.macro
     def copy(st, t0, slice_, tensors, tiles):
@@ -99,7 +99,7 @@ def build(p, cfg):
             dy_s = T.alloc_shared((2, bt, kb), dtype)
             du_s = T.alloc_shared((2, bt, bc), dtype)
             res_s = T.alloc_shared((2, bt, n * n + PAD), ACC)
-            pre_s = T.alloc_shared((2, bt, n), ACC)
+            pre_s = T.alloc_shared((2, bt, even(n)), ACC)
             c_s = T.alloc_shared((2, bt), ACC)
             dz_hi = T.alloc_shared((2, N, bt), dtype)
             dz_lo = T.alloc_shared((2, N, bt), dtype)
@@ -107,8 +107,8 @@ def build(p, cfg):
             phi_hi = T.alloc_shared((N, kg), dtype)
             phi_lo = T.alloc_shared((N, kg), dtype)
             dz_f = T.alloc_fragment((N, quarter, 4), ACC)
-            res_f = T.alloc_fragment((bt, n * n), ACC)
-            pre_f = T.alloc_fragment((bt, n), ACC)
+            res_f = T.alloc_fragment((bt, even(n * n)), ACC)
+            pre_f = T.alloc_fragment((bt, even(n)), ACC)
             c_f = T.alloc_fragment((bt,), ACC)
             g_TK = T.alloc_fragment((bt, kg), ACC)
             dphi_KN = T.alloc_fragment((kp, N), ACC)
@@ -158,9 +158,9 @@ def build(p, cfg):
                     for m, t, e in T.Parallel(N, quarter, 4):
                         dz_hi[st, m, t * 4 + e] = high(dz_f[m, t, e], dtype)
                         dz_lo[st, m, t * 4 + e] = low(dz_f[m, t, e], dtype)
-                    for t, q in T.Parallel(bt, n * n):
+                    for t, q in T.Parallel(bt, even(n * n)):
                         res_s[st, t, q] = res_f[t, q]
-                    for t, q in T.Parallel(bt, n):
+                    for t, q in T.Parallel(bt, even(n)):
                         pre_s[st, t, q] = pre_f[t, q]
                     for t in T.Parallel(bt):
                         c_s[st, t] = c_f[t] * (1.0 / K)
@@ -219,6 +219,11 @@ def build(p, cfg):
     return streams_grad
 
 
+def even(size):
+    """What feed's threads can share out evenly: a tile's 64 tokens times this."""
+    return padded(size, 2)
+
+
 def registers_of(p):
     """Of a thread of each role; together at most the 168 that three warpgroups begin with. feed holds a tile's dz and coefficients."""
     feed = 88 if p.n <= 4 else 120
@@ -228,7 +233,7 @@ def registers_of(p):
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
-    staged = bt * (2 * (bc * (n + 1) + kp) + 4 * (n * n + PAD + n + 1) + 4 * N)
+    staged = bt * (2 * (bc * (n + 1) + kp) + 4 * (n * n + PAD + even(n) + 1) + 4 * N)
     return 2 * staged + 4 * N * slices(cfg) * slice_columns(p, cfg) + 32
 
 

@@ -25,6 +25,7 @@ ROLES = (
     (2, 264, {"block_C": 128, "helpers": 3, "splits": 3}),
     (8, 72, {"block_C": 16, "helpers": 1}),
     (3, 200, {"block_C": 32, "helpers": 4}),
+    (5, 72, {"block_C": 16, "splits": 1}),
     (1, 136, {"block_C": 128}),
 )
 
