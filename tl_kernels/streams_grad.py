@@ -11,10 +11,11 @@ longer at n = 4, C = 2560 and half as long again at n = 8: results/notes.md.)
 
 import tilelang.language as T
 
-from tl_kernels import reference, streams_grad_roles
+from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
+from tl_kernels.streams_grad_roles import PASS_CONFIGS, build_roles, helpers_of, invalid_roles, shared_bytes_of_roles
 
 #: Channels more in a staged row that is read in the layout of a product and is not swizzled: rows of eight tokens in different banks.
 #: Copies of 16 bytes a thread into such rows take 2.6 times the wavefronts (results/notes.md, 2026-11-25); hence the knob ``swizzle``.
@@ -23,7 +24,7 @@ PAD = 8
 
 def build(p, cfg):
     if cfg["roles"]:
-        return streams_grad_roles.build(p, cfg)
+        return build_roles(p, cfg)
     from tilelang.layout import make_swizzled_layout  # specs come without TileLang
 
     n, C, M, K, dtype, mma = p.n, p.C, p.M, p.K, p.dtype, mma_dtype(p)
@@ -171,7 +172,7 @@ def pad_of(cfg):
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
     if cfg["roles"]:
-        return streams_grad_roles.shared_bytes(p, cfg)
+        return shared_bytes_of_roles(p, cfg)
     n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
     part, N = (2 if mma_dtype(p) == "bfloat16" else 4), padded(p.M, 16)
     staged = stages * (bt * (bc * (n + 1) + 2 * pad_of(cfg) + kp) * p.itemsize + 4 * bt * (p.M + 1 + n * n + n))
@@ -192,7 +193,7 @@ def invalid(p, cfg):
         return f"swizzle={cfg['swizzle']}: wanted 16-bit streams, 2 stages and block_C a multiple of 32"
     if cfg["stages"] > 1 and not can_stage(p):
         return f"stages={cfg['stages']}: C={p.C} leaves rows off 16 bytes, wanted 1"
-    if cfg["roles"] and (why := streams_grad_roles.invalid(p, cfg)):
+    if cfg["roles"] and (why := invalid_roles(p, cfg)):
         return why
     if cfg["helpers"] and not cfg["roles"]:
         return f"helpers={cfg['helpers']}: wanted roles=1"
@@ -246,7 +247,7 @@ streams_grad = Kernel(
         "overlap": (0, 1),
         "swizzle": (0, 1),
         "roles": (0, 1),
-        "helpers": tuple({0: 0, streams_grad_roles.helpers_of(p): 0}),
+        "helpers": tuple({0: 0, helpers_of(p): 0}),
     },
     default=default,
     invalid=invalid,
@@ -268,5 +269,5 @@ streams_grad = Kernel(
     ),
     reference=reference.streams_grad,
     gpu_only=("threads", "stages", "overlap", "swizzle", "roles", "helpers"),
-    pass_configs=lambda cfg: streams_grad_roles.PASS_CONFIGS if cfg["roles"] else {},
+    pass_configs=lambda cfg: PASS_CONFIGS if cfg["roles"] else {},
 )

@@ -27,7 +27,7 @@ CHANGE = 1
 PASS_CONFIGS = {"tl.enable_fast_math": True, "tl.disable_warp_specialized": True, "tl.disable_thread_storage_sync": True}
 
 
-def build(p, cfg):
+def build_roles(p, cfg):
     from tilelang.layout import make_swizzled_layout  # specs come without TileLang
 
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
@@ -230,14 +230,14 @@ def registers_of(p):
     return feed, (168 * 3 - feed) // 2
 
 
-def shared_bytes(p, cfg):
+def shared_bytes_of_roles(p, cfg):
     """Shared memory, an upper bound."""
     n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
     staged = bt * (2 * (bc * (n + 1) + kp) + 4 * (n * n + PAD + even(n) + 1) + 4 * N)
     return 2 * staged + 4 * N * slices(cfg) * slice_columns(p, cfg) + 32
 
 
-def invalid(p, cfg):
+def invalid_roles(p, cfg):
     """Why a configuration with roles cannot work, or None."""
     bt, threads, splits, helpers = cfg["block_T"], cfg["threads"], cfg["splits"], cfg["helpers"]
     if bt != 64 or threads != 256 or cfg["stages"] != 2 or not cfg["overlap"] or not cfg["swizzle"]:
