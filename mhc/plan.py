@@ -32,6 +32,12 @@ MARGIN = 0.01
 COMPANY = 32
 
 
+def crowds_out(kernel: Any, p: Any, config: Any, multiprocessors: int) -> str | None:
+    """Why no boundary takes a kernel's configuration on a GPU with that many multiprocessors, or None."""
+    why = kernel.crowded(p, config, multiprocessors - COMPANY)
+    return f"so that {COMPANY} multiprocessors are left to NCCL: {why}" if why else None
+
+
 class _Step:
     """One kernel of a checked call."""
 
@@ -58,7 +64,7 @@ class _Step:
         if self.device.type == "cuda" and self.kernel.resident:
             from tl_kernels.launch import multiprocessors
 
-            if self.kernel.crowded(self.problem, tuned.config, multiprocessors(self.device) - COMPANY):
+            if crowds_out(self.kernel, self.problem, tuned.config, multiprocessors(self.device)):
                 return None
         return tuned.time_us
 

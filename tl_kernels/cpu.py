@@ -44,7 +44,6 @@ NOTHING = {
     "tl.mbarrier_wait_parity",
     "tl.ptx_cp_async_barrier_noinc",
     "tirx.ptx_arrive_barrier",
-    "tl.ptx_arrive_barrier",
 }
 # TileLang's own lowering for target ``c`` makes plain loads and stores of these, which the compiler may move out of a loop. GCC's builtins
 # do not: here in functions, as TileLang declares all that is called. Sequentially consistent, whatever order was asked for.

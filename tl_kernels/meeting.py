@@ -19,6 +19,8 @@ from tl_kernels.spec import ceildiv
 
 #: Threads of each of the two roles beside the main one: a warpgroup.
 ROLE = 128
+#: How a program whose warps have roles is compiled: without barriers but those written, for TileLang's own know nothing of roles.
+PASS_CONFIGS = {"tl.enable_fast_math": True, "tl.disable_warp_specialized": True, "tl.disable_thread_storage_sync": True}
 
 
 def scratch_size(G, groups, bt, values, ring):

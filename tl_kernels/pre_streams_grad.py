@@ -22,7 +22,7 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.meeting import ROLE, leave_of, tag
+from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, tag
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 from tl_kernels.streams_grad import DX
@@ -52,7 +52,7 @@ def build(p, cfg):
     vec, G = vector_width(p), ceildiv(C, bc)
     lanes, pieces = pieces_of(p)
     units = bt * pieces  # pieces of rows in a tile, shared out among the blocks of a group
-    few = ceildiv(units, G)  # that a block has at most
+    few = few_of(p, cfg)
     beside = ROLE // lanes
     rounds = rounds_of(p, cfg)
     turns = tuple(range(rounds))
@@ -391,11 +391,14 @@ def pieces_of(p):
     return lanes, ceildiv(p.C, lanes * vec)
 
 
+def few_of(p, cfg):
+    """Pieces of a tile's rows that a block has at most."""
+    return ceildiv(cfg["block_T"] * pieces_of(p)[1], ceildiv(p.C, cfg["block_C"]))
+
+
 def rounds_of(p, cfg):
     """Pieces that a group of threads adds up one after another."""
-    lanes, pieces = pieces_of(p)
-    few = ceildiv(cfg["block_T"] * pieces, ceildiv(p.C, cfg["block_C"]))
-    return ceildiv(few, ROLE // lanes)
+    return ceildiv(few_of(p, cfg), ROLE // pieces_of(p)[0])
 
 
 def ring_of(cfg):
@@ -492,11 +495,7 @@ pre_streams_grad = Kernel(
     ),
     reference=reference.pre_streams_grad,
     options={},
-    pass_configs=lambda cfg: {
-        "tl.enable_fast_math": True,
-        "tl.disable_warp_specialized": True,
-        "tl.disable_thread_storage_sync": True,
-    },
+    pass_configs=lambda cfg: PASS_CONFIGS,
     gpu_only=("threads",),
     resident=lambda p, cfg: ceildiv(p.C, cfg["block_C"]),
 )

@@ -13,9 +13,10 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
+from tl_kernels.meeting import PASS_CONFIGS
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
-from tl_kernels.streams_grad_roles import PASS_CONFIGS, build_roles, helpers_of, invalid_roles, shared_bytes_of_roles
+from tl_kernels.streams_grad_roles import build_roles, helpers_of, invalid_roles, shared_bytes_of_roles
 
 #: Channels more in a staged row that is read in the layout of a product and is not swizzled: rows of eight tokens in different banks.
 #: Copies of 16 bytes a thread into such rows take 2.6 times the wavefronts (results/notes.md, 2026-11-25); hence the knob ``swizzle``.

@@ -23,8 +23,6 @@ MAIN = 3
 PAD = 4
 #: Tiles that a helper loses to each new slice: phi is staged while nothing else happens.
 CHANGE = 1
-#: All barriers are by hand: those TileLang would put in know nothing of roles.
-PASS_CONFIGS = {"tl.enable_fast_math": True, "tl.disable_warp_specialized": True, "tl.disable_thread_storage_sync": True}
 
 
 def build_roles(p, cfg):
@@ -249,8 +247,10 @@ def invalid_roles(p, cfg):
     return None
 
 
-def helpers_of(p, block_C=64, multiprocessors=132):
-    """How many helpers are worth trying: as many as there are multiprocessors left, with as few slices more for one than for another."""
-    G = ceildiv(p.C, block_C)
-    left = multiprocessors % G if multiprocessors >= G else 0
+def helpers_of(p):
+    """How many helpers are worth trying where 132 multiprocessors share slices of 64 channels: as many as there are multiprocessors left,
+    with as few slices more for one than for another.
+    """
+    G = ceildiv(p.C, 64)
+    left = 132 % G if G <= 132 else 0
     return ceildiv(G, ceildiv(G, left)) if left else 0

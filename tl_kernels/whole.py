@@ -11,7 +11,7 @@ again. With ``slack`` 1 they are asked for a tile later, with 2 the totals of ``
 
 import tilelang.language as T
 
-from tl_kernels.meeting import ROLE, scratch_size
+from tl_kernels.meeting import PASS_CONFIGS, ROLE, scratch_size
 from tl_kernels.mma import padded
 from tl_kernels.relay import relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
@@ -195,9 +195,4 @@ def space(p):
 
 def pass_configs(cfg):
     """No barriers but those written, no bounds checks but those written."""
-    return {
-        "tl.enable_fast_math": True,
-        "tl.disable_warp_specialized": True,
-        "tl.disable_thread_storage_sync": True,
-        "tl.disable_safe_memory_legalize": True,
-    }
+    return {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mhc.plan import COMPANY
+from mhc.plan import crowds_out
 from mhc.profile import Choice, ProfileError, choose_from, nearest_entry, packaged_names, profile_name, read_profile
 from mhc.schema import Entry, Profile, Provenance
 from tl_kernels import KERNELS, NAMES
@@ -153,8 +153,8 @@ class _Page:
         self._line("profile", f"{self.name}{tuned_on}")
         self._line("runs with", self._found())
         if entry is not None and where is not None:
-            if where.sm_count and (why := kernel.crowded(self.p, self.choice.config, where.sm_count - COMPANY)):
-                self._line("boundary", f"none takes it, so that {COMPANY} multiprocessors are left to NCCL: {why}")
+            if where.sm_count and (why := crowds_out(kernel, self.p, self.choice.config, where.sm_count)):
+                self._line("boundary", f"none takes it, {why}")
             if self.stale:
                 self._line("STALE", self._stale(entry, where))
         self.console.print()
