@@ -113,7 +113,8 @@ class Search:
     @property
     def left(self) -> int:
         """Trials still to be proposed."""
-        return 0 if self.exhausted else max(0, self.trials - self.count - len(self.inflight) - len(self.elsewhere))
+        # one of ours stands in elsewhere too while another worker, who came second, has not withdrawn it yet
+        return 0 if self.exhausted else max(0, self.trials - self.count - len(self.inflight.keys() | self.elsewhere.keys()))
 
     @property
     def ranking(self) -> list[tuple[dict[str, Any], Result]]:
@@ -215,7 +216,8 @@ class Search:
         self._held_trials[key] = trial_id
         earlier = self._claims.before(trial_id, self.sync())
         taken = any(row.key == key for row in earlier)
-        if not taken and sum(row.counts for row in earlier) < self.trials:
+        # by configuration: of two trials of one the second will be withdrawn
+        if not taken and len({row.key for row in earlier if row.counts}) < self.trials:
             return True
         del self._held_trials[key]
         self._claims.withdraw(trial_id, "another worker has it" if taken else "the budget is used up")

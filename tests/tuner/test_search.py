@@ -195,6 +195,20 @@ def test_workers_that_propose_at_once_never_get_the_same_nor_more_than_the_budge
     assert sorted(stored(searches[0])) == sorted(every)
 
 
+def test_a_claim_that_came_second_takes_no_place_in_the_budget(workers):
+    first, late, third = (workers(make_task(C=2560), trials=3) for _ in range(3))
+    cfg = first.propose()
+    claim = late._claims.create(late._template(cfg, TrialState.RUNNING))  # the late one has not looked yet whether it was the first
+    assert third.propose() is not None
+    first.sync()
+    assert first.left == 1
+    last = first.propose()
+    assert last is not None
+    assert third.propose() is None
+    late._claims.withdraw(claim, "another worker has it")
+    assert len(stored(first)) == 3
+
+
 def test_what_one_worker_stored_the_other_knows(workers):
     one, other = (workers(make_task(C=2560), trials=3) for _ in range(2))
     cfg = one.propose()
