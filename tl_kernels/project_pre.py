@@ -13,6 +13,7 @@ from tl_kernels.mma import ACC
 from tl_kernels.roles import roles
 from tl_kernels.spec import Kernel, Tensor
 from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
+from tl_kernels.widen import widen
 
 
 def build(p, cfg):
@@ -55,6 +56,7 @@ def build(p, cfg):
         scratch: T.Tensor((scratch_of(p, cfg),), "uint32"),
     ):
         with T.Kernel(group_of(p, cfg), groups, threads=threads + 2 * ROLE) as (s, g):
+            T.import_source(widen(cfg))
             tx = T.get_thread_binding()
             x_s = T.alloc_shared((buffers, bt, n * bc), dtype)
             x_f = T.alloc_fragment((part, bc), dtype)
@@ -83,5 +85,5 @@ project_pre = Kernel(
     reference=reference.project_pre,
     options={"norm_eps": 1e-6, "pre_eps": 1e-6},
     pass_configs=pass_configs,
-    gpu_only=("threads", "ahead", "groups", "early"),
+    gpu_only=("threads", "ahead", "groups", "early", "widen"),
 )

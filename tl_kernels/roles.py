@@ -17,6 +17,7 @@ import tilelang.language as T
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, meeting
 from tl_kernels.mma import ACC, high, low, padded
+from tl_kernels.pairs import pairs
 from tl_kernels.relay import relay
 from tl_kernels.whole import buffers_of, group_of, lag_of, part_of, read_after, registers_of, ring_of
 
@@ -45,12 +46,17 @@ def roles(p, cfg, load, work, raw):
     summed, totalled = read_after(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     registers, everyone = registers_of(p, cfg), threads + 2 * ROLE
-    sizes, few = (G, groups, bt, M + 1, n + 1, ring_of(cfg)), (n + 1) * bt
+    sizes, few, paired = (G, groups, bt, M + 1, n + 1, ring_of(cfg)), (n + 1) * bt, cfg["word"] == 8
     fed, copies = early == 2, n if raw else n + 3  # of a tile
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
     count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
-    if levels == 2:
+    if paired:
+        count, share_shape, counters, number, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals, leave = pairs(
+            G, groups, bt, M, n, ring_of(cfg)
+        )
+    elif levels == 2:
         count, share_shape, ask, add_share, ask_totals, read_totals = relay(*sizes)
+    word_type = "uint64" if paired else "uint32"
 
     @T.macro
     def stage(c0, phi, x_s):
@@ -70,21 +76,36 @@ def roles(p, cfg, load, work, raw):
             phi_f[r, k] = x_s[spare + at // bt, at % bt, k]
 
     @T.macro
+    def take(z_NT, z, step, first):
+        """z [N, bt / step] of every ``step``-th token from the ``first`` on: the product with phi's high parts and with its low ones."""
+        for m, t in T.Parallel(N, bt // step):
+            z[m, t] = z_NT[operand_row(m, 0), t * step + first]
+        for m, t in T.Parallel(N, bt // step):
+            z[m, t] += z_NT[operand_row(m, 1), t * step + first]
+
+    @T.macro
     def multiply(i, s, g, epoch, scratch, phi_f, x_s, z_NT):
         T.gemm(phi_f, x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
-        z = T.alloc_fragment((N, bt), ACC)
-        for m, t in T.Parallel(N, bt):
-            z[m, t] = z_NT[operand_row(m, 0), t]
-        for m, t in T.Parallel(N, bt):
-            z[m, t] += z_NT[operand_row(m, 1), t]
-        for m, t in T.Parallel(N, bt):
-            if m < M:
-                publish(scratch, g, s, number(epoch, i), m * bt + t, z[m, t])
+        if paired:
+            even = T.alloc_fragment((N, bt // 2), ACC)
+            odd = T.alloc_fragment((N, bt // 2), ACC)
+            take(z_NT, even, 2, 0)
+            take(z_NT, odd, 2, 1)
+            publish_sums(scratch, g, s, number(epoch, i), even, odd)
+        else:
+            z = T.alloc_fragment((N, bt), ACC)
+            take(z_NT, z, 1, 0)
+            for m, t in T.Parallel(N, bt):
+                if m < M:
+                    publish(scratch, g, s, number(epoch, i), m * bt + t, z[m, t])
 
     @T.macro
     def put_mean(home, i, t, value):
         scratch, g, s, epoch = home
-        publish(scratch, g, s, number(epoch, i), M * bt + t, value)
+        if paired:
+            publish_mean(scratch, g, s, number(epoch, i), t, value)
+        else:
+            publish(scratch, g, s, number(epoch, i), M * bt + t, value)
 
     @T.macro
     def put_pre(i, tile, total_s, pre_s, affine):
@@ -113,8 +134,8 @@ def roles(p, cfg, load, work, raw):
 
     @T.macro
     def add_in_steps(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, affine, parts):
-        words = T.alloc_fragment(share_shape, "uint32")
-        word = T.alloc_fragment((count,), "uint32")
+        words = T.alloc_fragment(share_shape, word_type)
+        word = T.alloc_fragment((count,), word_type)
         if i >= summed and i < mine + summed:
             ask(scratch, g, s, number(epoch, i - summed), words)
         if i >= totalled and i < mine + totalled:
@@ -169,6 +190,7 @@ def roles(p, cfg, load, work, raw):
         pre_s = T.alloc_shared((2, bt, n), ACC)
         epoch = T.alloc_var("uint32")
         epoch = scratch[counters + 2 * g]
+        words = T.view(scratch, (scratch.shape[0] // 2,), "uint64") if paired else scratch
         mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
 
         if tx >= threads:
@@ -194,7 +216,7 @@ def roles(p, cfg, load, work, raw):
                     else:
                         T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
                 if i < mine:
-                    work(i, t0, tokens, c0, tiles, held, put_mean, (scratch, g, s, epoch), outs[2:])
+                    work(i, t0, tokens, c0, tiles, held, put_mean, (words, g, s, epoch), outs[2:])
         elif tx < threads + ROLE:
             if registers is not None:
                 T.set_max_nreg(registers[0], 1)
@@ -204,7 +226,7 @@ def roles(p, cfg, load, work, raw):
                 if fed:
                     go_on(i + ahead, mine, ((i + ahead) * groups + g) * bt, c0, tensors, tiles)
                 if i < mine + 1:
-                    multiply(i - 1, s, g, epoch, scratch, phi_f, x_s, z_NT)
+                    multiply(i - 1, s, g, epoch, words, phi_f, x_s, z_NT)
                 if fed:  # tile i + 1 is there when all begin it
                     T.ptx_wait_group((ahead - 1) * copies)
                     T.fence_proxy_async()
@@ -220,7 +242,7 @@ def roles(p, cfg, load, work, raw):
                 bias[t, q] = b[q]
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
-                sums(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, (gain, bias), parts)
+                sums(i, mine, s, g, tokens, epoch, words, kept, total_s, pre_s, (gain, bias), parts)
 
         T.sync_threads()
         if tx == 0:

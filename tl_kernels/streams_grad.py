@@ -17,6 +17,7 @@ from tl_kernels.meeting import PASS_CONFIGS
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 from tl_kernels.streams_grad_roles import build_roles, helpers_of, invalid_roles, shared_bytes_of_roles
+from tl_kernels.widen import widen, widths
 
 #: Channels more in a staged row that is read in the layout of a product and is not swizzled: rows of eight tokens in different banks.
 #: Copies of 16 bytes a thread into such rows take 2.6 times the wavefronts (results/notes.md, 2026-11-25); hence the knob ``swizzle``.
@@ -58,6 +59,7 @@ def build(p, cfg):
         dphi: T.Tensor((splits, M, K), ACC),
     ):
         with T.Kernel(T.ceildiv(C, bc), splits, threads=cfg["threads"]) as (block, s):
+            T.import_source(widen(cfg))
             c0 = block * bc
             x_s = T.alloc_shared((stages, bt, kp), dtype)
             dy_s = T.alloc_shared((stages, bt, kb + pad), dtype)
@@ -198,6 +200,8 @@ def invalid(p, cfg):
         return why
     if cfg["helpers"] and not cfg["roles"]:
         return f"helpers={cfg['helpers']}: wanted roles=1"
+    if cfg["widen"] not in widths(p):
+        return f"widen={cfg['widen']}: wanted {' or '.join(map(str, widths(p)))} with streams of {p.dtype}"
     kp = dphi_rows(p, cfg)
     if kp > 2 * p.n * bc:
         return f"block_C={bc}, threads={threads}: {threads // 32} warps need at least {threads // 4} columns of x"
@@ -213,15 +217,15 @@ def invalid(p, cfg):
 def default(p):
     """Fits the 99 KiB of shared memory of the smallest supported chips, at n = 8 too."""
     tiles = ((64, 32, 128), (32, 32, 128), (32, 16, 128), (16, 16, 64), (16, 8, 32))
-    rest = {"stages": 1, "overlap": 0, "swizzle": 0, "roles": 0, "helpers": 0}
+    rest = {"stages": 1, "overlap": 0, "swizzle": 0, "roles": 0, "helpers": 0, "widen": 3}
     cfgs = [{"block_T": bt, "block_C": bc, "splits": 8, "threads": threads, **rest} for bt, bc, threads in tiles]
     smallest = min(SHARED_LIMIT.values()) * 1024
     return next(cfg for cfg in cfgs if invalid(p, cfg) is None and shared_bytes(p, cfg) <= smallest)
 
 
-def _seed(block_C, splits, roles=1, overlap=1, swizzle=1, helpers=0):
+def _seed(block_C, splits, roles=1, overlap=1, swizzle=1, helpers=0, widen=3):
     cfg = {"block_T": 64, "block_C": block_C, "splits": splits, "threads": 256, "stages": 2}
-    return {**cfg, "overlap": overlap, "swizzle": swizzle, "roles": roles, "helpers": helpers}
+    return {**cfg, "overlap": overlap, "swizzle": swizzle, "roles": roles, "helpers": helpers, "widen": widen}
 
 
 DX = Tensor("dx", "T n C", "stream")
@@ -249,10 +253,17 @@ streams_grad = Kernel(
         "swizzle": (0, 1),
         "roles": (0, 1),
         "helpers": tuple({0: 0, helpers_of(p): 0}),
+        "widen": widths(p),
     },
     default=default,
     invalid=invalid,
     seeds=(
+        _seed(64, 4, helpers=10, widen=2),
+        _seed(64, 3, widen=2),
+        _seed(64, 2, helpers=19, widen=2),
+        _seed(64, 2, widen=2),
+        _seed(128, 7, helpers=10, widen=2),
+        _seed(16, 4, widen=2),
         _seed(64, 4, helpers=10),
         _seed(64, 3),
         _seed(64, 2, helpers=19),
@@ -269,6 +280,6 @@ streams_grad = Kernel(
         {**_seed(32, 3, roles=0, overlap=0, swizzle=0), "block_T": 32},
     ),
     reference=reference.streams_grad,
-    gpu_only=("threads", "stages", "overlap", "swizzle", "roles", "helpers"),
+    gpu_only=("threads", "stages", "overlap", "swizzle", "roles", "helpers", "widen"),
     pass_configs=lambda cfg: PASS_CONFIGS if cfg["roles"] else {},
 )

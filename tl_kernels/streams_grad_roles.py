@@ -16,6 +16,7 @@ from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, sli
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.spec import ceildiv
+from tl_kernels.widen import widen
 
 #: A named barrier of main's threads; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 MAIN = 3
@@ -92,6 +93,7 @@ def build_roles(p, cfg):
         dphi: T.Tensor((splits, M, K), ACC),
     ):
         with T.Kernel(G * own + helpers, threads=ROLE + threads) as block:
+            T.import_source(widen(cfg))
             tx = T.get_thread_binding()
             x_s = T.alloc_shared((2, bt, kp), dtype)
             dy_s = T.alloc_shared((2, bt, kb), dtype)

@@ -13,6 +13,7 @@ import tilelang.language as T
 
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, scratch_size
 from tl_kernels.mma import padded
+from tl_kernels.pairs import pairs_size
 from tl_kernels.relay import relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
@@ -53,6 +54,8 @@ def lag_of(cfg):
 
 def scratch_of(p, cfg):
     """32-bit words of scratch."""
+    if cfg["word"] == 8:
+        return pairs_size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M, ring_of(cfg))
     size = relay_size if cfg["levels"] == 2 else scratch_size
     return size(group_of(p, cfg), cfg["groups"], cfg["block_T"], p.M + 1, ring_of(cfg))
 
@@ -104,7 +107,7 @@ def shared_bytes(p, cfg, mixes):
     """Shared memory; ``mixes``: whether tiles of f, H_post and H_res stand beside those of the streams."""
     bt, kb, staged = cfg["block_T"], p.n * cfg["block_C"], cfg["ahead"] + 1
     beside = staged * bt * (cfg["block_C"] * p.itemsize + 4 * (p.n + p.n * p.n)) if mixes else 0
-    sums = 2 * bt * (p.n + 1) + 2 * bt * p.n + (ROLE if cfg["levels"] == 2 else 0)
+    sums = 2 * bt * (p.n + 1) + 2 * bt * p.n + (ROLE * (cfg["word"] // 4) if cfg["levels"] == 2 else 0)
     return buffers_of(p, cfg) * bt * kb * p.itemsize + beside + 4 * sums
 
 
@@ -122,6 +125,8 @@ def invalid(p, cfg, mixes=True):
         return f"groups={cfg['groups']}: {G * cfg['groups']} blocks, wanted about as many as there are multiprocessors"
     if cfg["slack"] > cfg["levels"]:
         return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
+    if cfg["word"] == 8 and cfg["levels"] == 1:
+        return "word=8, levels=1: wanted levels=2 for words of two sums"
     if cfg["levels"] == 2:
         if share_of(G, bt, p.M + 1) > ROLE:
             return f"levels=2, block_T={bt}, block_C={bc}: {G} blocks to a group, wanted so many that each adds up at most {ROLE} values"
@@ -150,6 +155,8 @@ SPACE = {
     "levels": (1, 2),
     "slack": (0, 1, 2),
     "early": (0, 1, 2),
+    "word": (4, 8),
+    "widen": (3, 2),
 }
 
 
@@ -159,33 +166,40 @@ def default(p):
     groups = max(1, 132 // ceildiv(p.C, bc))
     first = ((16, 256, 3, 2, 2),) if p.n > 2 else ()
     cfgs = [
-        dict(zip(SPACE, (bt, bc, groups, threads, ahead, levels, slack, 0), strict=True))
+        dict(zip(SPACE, (bt, bc, groups, threads, ahead, levels, slack, 0, 4, 3), strict=True))
         for bt, threads, ahead, levels, slack in (*first, (32, 256, 1, 1, 1), (16, 256, 3, 1, 1), (16, 256, 3, 2, 2), (16, 128, 1, 1, 1))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
 
 
-#: What a search begins with, the best of each shape first (results/h100/whole/designs.txt).
+#: The best of each shape (results/h200/bench.md, results/h100/whole/designs.txt), up to ``early``.
+_BEST = (
+    (16, 128, 6, 256, 3, 2, 2, 0),
+    (16, 128, 6, 256, 3, 2, 2, 2),
+    (32, 128, 6, 256, 2, 2, 0, 0),
+    (16, 128, 4, 256, 3, 2, 2, 2),
+    (16, 128, 4, 256, 3, 2, 2, 0),
+    (32, 128, 4, 256, 1, 2, 1, 0),
+    (16, 128, 2, 256, 3, 2, 2, 1),
+    (32, 128, 2, 256, 1, 2, 0, 1),
+    (32, 256, 13, 256, 1, 1, 1, 1),
+    (32, 128, 6, 256, 1, 1, 1, 1),
+)
+_OTHERS = (
+    (16, 128, 2, 256, 3, 2, 2, 2),
+    (16, 128, 4, 128, 3, 2, 2, 0),
+    (32, 128, 2, 256, 1, 2, 1, 0),
+    (16, 128, 4, 256, 3, 1, 1, 1),
+    (16, 128, 6, 256, 3, 2, 2, 1),
+    (16, 128, 6, 256, 3, 1, 1, 1),
+    (32, 128, 6, 256, 1, 2, 1, 0),
+)
+#: What a search begins with.
 SEEDS = tuple(
-    dict(zip(SPACE, values, strict=True))
-    for values in (
-        (16, 128, 6, 256, 3, 2, 2, 2),
-        (16, 128, 4, 256, 3, 2, 2, 2),
-        (16, 128, 2, 256, 3, 2, 2, 2),
-        (16, 128, 6, 256, 3, 2, 2, 0),
-        (16, 128, 4, 128, 3, 2, 2, 0),
-        (32, 128, 2, 256, 1, 2, 1, 0),
-        (32, 256, 13, 256, 1, 1, 1, 1),
-        (16, 128, 2, 256, 3, 2, 2, 1),
-        (16, 128, 4, 256, 3, 1, 1, 1),
-        (16, 128, 6, 256, 3, 2, 2, 1),
-        (32, 128, 6, 256, 1, 1, 1, 1),
-        (16, 128, 6, 256, 3, 1, 1, 1),
-        (32, 128, 2, 256, 1, 2, 0, 1),
-        (32, 128, 4, 256, 1, 2, 1, 0),
-        (16, 128, 4, 256, 3, 2, 2, 0),
-        (32, 128, 6, 256, 1, 2, 1, 0),
-    )
+    dict(zip(SPACE, (*values, word, widen), strict=True))
+    for bests, word, widen in ((_BEST, 8, 2), (_BEST, 4, 2), (_BEST, 8, 3), (_BEST + _OTHERS, 4, 3))
+    for values in bests
+    if word == 4 or values[5] == 2  # words of two sums are for two levels
 )
 
 

@@ -15,7 +15,7 @@ TILINGS = (
     (8, 72, {"block_T": 32, "block_C": 32, "splits": 2, "threads": 256}),
     (5, 72, {"block_T": 64, "block_C": 32, "splits": 2, "threads": 512}),  # slices of 40 columns in 48
 )
-SEED = {**dict(KERNEL.seeds[1]), "splits": 2}
+SEED = {**dict(KERNEL.seeds[1]), "splits": 2, "widen": 3}
 PLAIN = {**SEED, "roles": 0}
 #: With a role for the copies: several tiles a block and none, helpers with several slices each, a ragged last slice, padded columns.
 ROLES = (
@@ -27,6 +27,7 @@ ROLES = (
     (3, 200, {"block_C": 32, "helpers": 4}),
     (5, 72, {"block_C": 16, "splits": 1}),
     (1, 136, {"block_C": 128}),
+    (2, 136, {"widen": 2}),
 )
 
 
@@ -81,6 +82,8 @@ def test_configurations_for_a_gpu(n, C, changes):
         (4, 1000, {"splits": 9, "helpers": 4}),
         (4, 4096, {"splits": 2}),
         (4, 7168, {"splits": 2, "helpers": 19}),
+        (4, 2560, {"splits": 4, "helpers": 10, "widen": 2}),
+        (8, 2560, {"block_C": 16, "splits": 4, "widen": 2}),
         (8, 2560, {"block_C": 16, "splits": 4}),
     ],
 )

@@ -13,8 +13,9 @@ from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
-SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0, "word": 4, "widen": 3}
 RELAY = {"levels": 2, "groups": 2}
+PAIRS = {**RELAY, "word": 8}
 CPU = (
     (4, 64, {"groups": 2}),
     (4, 136, {}),
@@ -27,6 +28,9 @@ CPU = (
     (4, 264, {**RELAY, "slack": 2, "ahead": 2}),
     (4, 136, {"groups": 2, "slack": 1, "early": 2}),
     (4, 264, {**RELAY, "slack": 2, "ahead": 3, "early": 2}),
+    (4, 264, PAIRS),
+    (1, 136, {**PAIRS, "ahead": 2}),
+    (3, 264, {**PAIRS, "block_T": 32, "slack": 1, "widen": 2}),
 )
 WIDE = {**SMALL, "block_C": 128, "threads": 256}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
@@ -50,17 +54,24 @@ GPU += (
     (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "early": 2}),
     (2, 2560, {**WIDE, "block_T": 32, "groups": 6, "slack": 1, "early": 2}),
     (4, 7168, {**WIDE, "groups": 2, "ahead": 1, "levels": 2, "slack": 2, "early": 2}),
+    *((n, C, {**SMALL, **PAIRS, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
+    *((4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "early": early, "word": 8, "widen": 2}) for early in (0, 2)),
+    (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "ahead": 2, "levels": 2, "word": 8, "widen": 2}),
+    (4, 4096, {**WIDE, "groups": 4, "ahead": 3, "levels": 2, "slack": 2, "early": 2, "word": 8, "widen": 2}),
+    (4, 7168, {**WIDE, "groups": 2, "ahead": 3, "levels": 2, "slack": 2, "early": 1, "word": 8, "widen": 2}),
+    (4, 7168, {**WIDE, "block_T": 32, "groups": 2, "levels": 2, "early": 1, "word": 8, "widen": 2}),
+    (2, 2560, {**WIDE, "block_T": 32, "block_C": 256, "groups": 13, "slack": 1, "early": 1, "widen": 2}),
     (4, 7168, None),
     (4, 4096, None),
     (3, 1280, None),
 )
-FEW = (CPU[1], CPU[3], CPU[6], CPU[10])  # the two programs share all but the main role
+FEW = (CPU[1], CPU[3], CPU[6], CPU[10], CPU[13])  # the two programs share all but the main role
 CASES = [
     pytest.param(name, "cpu", n, C, {**SMALL, **cfg}, id=f"{name}-cpu-n{n}-C{C}")
     for name in WHOLE
     for n, C, cfg in (FEW if name == "project_pre" else CPU)
 ]
-NAMED = ("block_T", "threads", "ahead", "levels", "slack", "early")
+NAMED = ("block_T", "threads", "ahead", "levels", "slack", "early", "word", "widen")
 CASES += [
     pytest.param(
         name,
@@ -83,13 +94,16 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize(("levels", "slack", "early"), [(1, 0, 0), (1, 1, 2), (2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("levels", "slack", "early", "word"),
+    [(1, 0, 0, 4), (1, 1, 2, 4), (2, 0, 0, 4), (2, 1, 0, 4), (2, 2, 0, 4), (2, 2, 2, 4), (2, 0, 0, 8), (2, 2, 2, 8)],
+)
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
-def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, early):
+def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, early, word):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]
     p = kernel.problem(4, 136 if levels == 1 else 264)
-    cfg = {**SMALL, "levels": levels, "slack": slack, "early": early, "block_C": 128 if levels == 1 else 64}
+    cfg = {**SMALL, "levels": levels, "slack": slack, "early": early, "word": word, "block_C": 128 if levels == 1 else 64}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
@@ -98,10 +112,10 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, e
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("levels", "slack"), [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("levels", "slack", "word"), [(1, 0, 4), (1, 1, 4), (2, 0, 4), (2, 1, 4), (2, 2, 4), (2, 0, 8), (2, 2, 8)])
 @pytest.mark.parametrize("name", WHOLE)
-def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack):
-    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "slack": slack})
+def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack, word):
+    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "slack": slack, "word": word})
     check_scratch(run, (1, 15, 16, 17, 95, 96, 97, 500))
 
 
@@ -125,6 +139,7 @@ def test_rules_of_a_configuration(name):
         ({"groups": 16}, "groups=16: 320 blocks"),
         ({"ahead": 6}, "bytes of shared memory"),
         ({"slack": 2}, "slack=2, levels=1: wanted at most one for each time that words are read"),
+        ({"word": 8}, "word=8, levels=1: wanted levels=2"),
         ({"block_C": 256}, "256 registers a thread for 1024 channels of phi, wanted at most 128"),
     ):
         assert why in kernel.invalid(p, {**good, **change})
@@ -138,7 +153,7 @@ def test_rules_of_a_configuration(name):
 def test_shared_memory_is_known_exactly(name, n, C):
     kernel = KERNELS[name]
     p = kernel.problem(n, C)
-    for change in ({}, {"levels": 2, "slack": 2}, {"early": 1, "ahead": 2}):
+    for change in ({}, {"levels": 2, "slack": 2}, {"levels": 2, "word": 8}, {"early": 1, "ahead": 2}):
         cfg = {**SMALL, "block_C": 128, **change}
         assert shared_bytes(p, cfg, name == "post_res_project_pre") == lowered_shared_bytes(kernel, kernel.build(p, cfg), cfg, "sm_90a")
 
@@ -169,3 +184,5 @@ def test_scratch_is_the_places_and_the_counters(name):
     assert group_of(p, cfg) == 20
     assert kernel.scratch(p, cfg) == scratch_size(20, 6, 16, 25, 5) == 6 * 5 * 20 * 25 * 16 + 12
     assert kernel.scratch(p, {**cfg, "levels": 2}) == 6 * 6 * 21 * 25 * 16 + 12  # and the totals
+    # 192 words of two sums and 16 of one are shares of 12 for 18 of the 20 blocks: three sectors each
+    assert kernel.scratch(p, {**cfg, "levels": 2, "word": 8}) == 2 * 6 * 6 * 21 * 18 * 12 + 12

@@ -1,0 +1,165 @@
+"""The meeting in two steps (tl_kernels/relay.py) with words of 64 bits, two sums each: neighbouring tokens' of one value, as wgmma's results
+lie in a thread. L2 works in sectors of 32 bytes, and beside tiles of 16 tokens the words are a sixth to a third of what passes it.
+
+A word's tag is the lowest bit of its first sum. What a block adds up stands together for all blocks of the group, in whole sectors: places
+of ``shares`` [G, share] each. The mean squares, which the main role has a token at a time, are words with one sum.
+"""
+
+import tilelang.language as T
+
+from tl_kernels.meeting import ROLE, leave_of, tag
+from tl_kernels.mma import ACC
+from tl_kernels.spec import ceildiv
+
+#: Words in a sector of L2.
+SECTOR = 4
+#: The named barrier of the role that adds up, see tl_kernels/whole.py.
+SHARE = 4
+
+
+def share_of(G, bt, M):
+    """Words a block adds up, whole sectors; the last blocks may have none."""
+    return ceildiv(ceildiv(M * bt // 2 + bt, G), SECTOR) * SECTOR
+
+
+def words_of(G, bt, M):
+    """Words of one block's sums of a tile, and of a tile's totals: whole shares."""
+    share = share_of(G, bt, M)
+    return ceildiv(M * bt // 2 + bt, share) * share
+
+
+def pairs_size(G, groups, bt, M, ring):
+    """32-bit words of scratch: the sums of every block and the totals, then two counters a group."""
+    return 2 * groups * ring * (G + 1) * words_of(G, bt, M) + 2 * groups
+
+
+def pairs(G, groups, bt, M, n, ring):
+    """How many words of totals every block reads, those of the first ``n`` values and the mean squares, padded to whole roles; the shape of
+    the words that a block adds up; where the counters stand; and macros as those of ``meeting`` and ``relay``, but for ``publish_sums`` of
+    z [N, bt] and ``publish_mean`` of a token. ``words`` is the scratch of 64 bits.
+    """
+    half, share, width = bt // 2, share_of(G, bt, M), words_of(G, bt, M)
+    used = M * half + bt
+    few = n * half + bt
+    read = ceildiv(few, ROLE) * ROLE
+    lanes = min(G, ROLE // share)  # threads that share a word
+    run = ceildiv(G, lanes)
+    totals = groups * ring * G * width
+    counters = 2 * groups * ring * (G + 1) * width
+
+    def number(epoch, tile):
+        return epoch + T.cast(tile + 2 * ring, "uint32")
+
+    def place(g, use):
+        return g * ring + T.cast(use % ring, "int32")
+
+    def partial(g, use, r, w):
+        """Word w of block r."""
+        return place(g, use) * (G * width) + w // share * (G * share) + r * share + w % share
+
+    def its(g, use, s, q, e):
+        """The q-th word that thread e adds up, for block s; any where there is none, so that a load has no condition."""
+        row = T.min(T.min(e // share, lanes - 1) + q * lanes, G - 1)
+        return partial(g, use, row, T.min(s * share + e % share, used - 1))
+
+    def total(g, use, w):
+        return totals + place(g, use) * width + w
+
+    def needed(e):
+        at = T.min(e, few - 1)
+        return at + T.if_then_else(at < n * half, 0, (M - n) * half)
+
+    def first(word):
+        return T.reinterpret(T.bitwise_and(T.cast(word, "uint32"), T.uint32(0xFFFFFFFE)), ACC)
+
+    def second(word):
+        return T.reinterpret(T.cast(T.shift_right(word, T.uint64(32)), "uint32"), ACC)
+
+    def tagged(a, use):
+        return T.cast(T.bitwise_or(T.bitwise_and(T.reinterpret(a, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring)), "uint64")
+
+    def word_of(a, b, use):
+        return T.bitwise_or(T.shift_left(T.cast(T.reinterpret(b, "uint32"), "uint64"), T.uint64(32)), tagged(a, use))
+
+    def stale(word, use):
+        return T.bitwise_and(T.bitwise_xor(T.cast(word, "uint32"), tag(use, ring)), T.uint32(1))
+
+    @T.macro
+    def publish_sums(words, g, s, use, even, odd):
+        for m, t in T.Parallel(even.shape[0], half):
+            if m < M:
+                T.atomic_store(words[partial(g, use, s, m * half + t)], word_of(even[m, t], odd[m, t], use), memory_order="relaxed")
+
+    @T.macro
+    def publish_mean(words, g, s, use, t, value):
+        T.atomic_store(words[partial(g, use, s, M * half + t)], tagged(value, use), memory_order="relaxed")
+
+    @T.macro
+    def ask(words, g, s, use, mine):
+        for q in T.unroll(run):
+            for e in T.Parallel(ROLE):
+                mine[q, e] = T.atomic_load(words[its(g, use, s, q, e)], memory_order="relaxed")
+
+    @T.macro
+    def add_share(words, g, s, use, t0, tokens, mine, out):
+        old = T.alloc_fragment((ROLE,), "uint32")
+        low = T.alloc_fragment((ROLE,), ACC)
+        high = T.alloc_fragment((ROLE,), ACC)
+        low_s = T.alloc_shared((ROLE,), ACC)
+        high_s = T.alloc_shared((ROLE,), ACC)
+        T.clear(old)
+        for q in T.unroll(run):
+            for e in T.Parallel(ROLE):
+                old[e] = T.bitwise_or(old[e], stale(mine[q, e], use))
+        for e in T.Parallel(ROLE):
+            while old[e] != 0:
+                old[e] = T.uint32(0)
+                for q in T.unroll(run):
+                    mine[q, e] = T.atomic_load(words[its(g, use, s, q, e)], memory_order="relaxed")
+                    old[e] = T.bitwise_or(old[e], stale(mine[q, e], use))
+        T.clear(low)
+        T.clear(high)
+        for q in T.unroll(run):
+            for e in T.Parallel(ROLE):
+                if e // share + q * lanes < G:
+                    low[e] += first(mine[q, e])
+                    high[e] += second(mine[q, e])
+        for e in T.Parallel(ROLE):
+            low_s[e] = low[e]
+            high_s[e] = high[e]
+        T.sync_threads(SHARE, ROLE)
+        for e in T.Parallel(ROLE):
+            if T.And(e < share, s * share + e < used):
+                low[e] = 0.0
+                high[e] = 0.0
+                for lane in T.unroll(lanes):
+                    low[e] += low_s[lane * share + e]
+                    high[e] += high_s[lane * share + e]
+                T.atomic_store(words[total(g, use, s * share + e)], word_of(low[e], high[e], use), memory_order="relaxed")
+                low[e] = first(word_of(low[e], high[e], use))  # what the others read
+                if s * share + e < M * half:
+                    if t0 + (s * share + e) % half * 2 < tokens:
+                        out[0, (s * share + e) // half, t0 + (s * share + e) % half * 2] = low[e]
+                    if t0 + (s * share + e) % half * 2 + 1 < tokens:
+                        out[0, (s * share + e) // half, t0 + (s * share + e) % half * 2 + 1] = high[e]
+                elif t0 + s * share + e - M * half < tokens:
+                    out[0, M, t0 + s * share + e - M * half] = low[e]
+
+    @T.macro
+    def ask_totals(words, g, use, word):
+        for e in T.Parallel(read):
+            word[e] = T.atomic_load(words[total(g, use, needed(e))], memory_order="relaxed")
+
+    @T.macro
+    def read_totals(words, g, use, word, total_s, at):
+        for e in T.Parallel(read):
+            while stale(word[e], use) != 0:
+                word[e] = T.atomic_load(words[total(g, use, needed(e))], memory_order="relaxed")
+        for e in T.Parallel(read):
+            if e < n * half:
+                total_s[at, 2 * e] = first(word[e])
+                total_s[at, 2 * e + 1] = second(word[e])
+            elif e < few:
+                total_s[at, n * half + e] = first(word[e])
+
+    return read, (run, ROLE), counters, number, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals, leave_of(G, counters, ring)
