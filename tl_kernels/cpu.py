@@ -25,7 +25,8 @@ from tilelang.jit.adapter.wrapper import TLCPUSourceWrapper
 from tvm import tirx
 
 SCOPES = {"local.fragment", "shared.dyn", "shared", "local.reducer"}
-ANNOTATIONS = {"layout_map", "reducer_info", "reducer_info_v2", "batch", "pragma_import_c"}  # batch: barriers shared by the sums of a T.reduce
+# batch: barriers shared by the sums of a T.reduce. pragma_import_c: CUDA source that comes with a program.
+ANNOTATIONS = {"layout_map", "reducer_info", "reducer_info_v2", "batch", "pragma_import_c"}
 PASS_CONFIGS = {"tirx.disable_vectorize": True}
 FLAGS = ("-O2",)
 PARALLEL = 1  # tirx.ForKind

@@ -1,5 +1,5 @@
-"""The meeting in two steps (tl_kernels/relay.py) with words of 64 bits, two sums each: neighbouring tokens' of one value, as wgmma's results
-lie in a thread. L2 works in sectors of 32 bytes, and beside tiles of 16 tokens the words are a sixth to a third of what passes it.
+"""The meeting in two steps (tl_kernels/relay.py) with words of 64 bits, two sums each: neighbouring tokens' of one value, as a thread has
+them of wgmma. L2 works in sectors of 32 bytes, and beside a tile of the streams words of 32 bits are a sixth to a third of those.
 
 A word's tag is the lowest bit of its first sum. What a block adds up stands together for all blocks of the group, in whole sectors: places
 of ``shares`` [G, share] each. The mean squares, which the main role has a token at a time, are words with one sum.
@@ -7,7 +7,7 @@ of ``shares`` [G, share] each. The mean squares, which the main role has a token
 
 import tilelang.language as T
 
-from tl_kernels.meeting import ROLE, leave_of, tag
+from tl_kernels.meeting import ROLE, tag
 from tl_kernels.mma import ACC
 from tl_kernels.spec import ceildiv
 
@@ -20,6 +20,16 @@ SHARE = 4
 def share_of(G, bt, M):
     """Words a block adds up, whole sectors; the last blocks may have none."""
     return ceildiv(ceildiv(M * bt // 2 + bt, G), SECTOR) * SECTOR
+
+
+def lanes_of(G, bt, M):
+    """Threads that share a word, each with some of the blocks."""
+    return min(G, ROLE // share_of(G, bt, M))
+
+
+def exchanged(G, bt, M):
+    """Floats in shared memory: what all lanes but the first give to that."""
+    return 2 * (lanes_of(G, bt, M) - 1) * share_of(G, bt, M)
 
 
 def words_of(G, bt, M):
@@ -35,20 +45,17 @@ def pairs_size(G, groups, bt, M, ring):
 
 def pairs(G, groups, bt, M, n, ring):
     """How many words of totals every block reads, those of the first ``n`` values and the mean squares, padded to whole roles; the shape of
-    the words that a block adds up; where the counters stand; and macros as those of ``meeting`` and ``relay``, but for ``publish_sums`` of
-    z [N, bt] and ``publish_mean`` of a token. ``words`` is the scratch of 64 bits.
+    the words that a block adds up; where the counters stand; and macros as those of ``relay``, with ``publish_sums`` of z's even and odd
+    tokens and ``publish_mean`` of a token's mean square. ``words`` is the scratch as words of 64 bits.
     """
     half, share, width = bt // 2, share_of(G, bt, M), words_of(G, bt, M)
     used = M * half + bt
     few = n * half + bt
     read = ceildiv(few, ROLE) * ROLE
-    lanes = min(G, ROLE // share)  # threads that share a word
+    lanes = lanes_of(G, bt, M)
     run = ceildiv(G, lanes)
     totals = groups * ring * G * width
     counters = 2 * groups * ring * (G + 1) * width
-
-    def number(epoch, tile):
-        return epoch + T.cast(tile + 2 * ring, "uint32")
 
     def place(g, use):
         return g * ring + T.cast(use % ring, "int32")
@@ -105,8 +112,7 @@ def pairs(G, groups, bt, M, n, ring):
         old = T.alloc_fragment((ROLE,), "uint32")
         low = T.alloc_fragment((ROLE,), ACC)
         high = T.alloc_fragment((ROLE,), ACC)
-        low_s = T.alloc_shared((ROLE,), ACC)
-        high_s = T.alloc_shared((ROLE,), ACC)
+        others_s = T.alloc_shared((2, max(1, lanes - 1), share), ACC)
         T.clear(old)
         for q in T.unroll(run):
             for e in T.Parallel(ROLE):
@@ -125,16 +131,17 @@ def pairs(G, groups, bt, M, n, ring):
                     low[e] += first(mine[q, e])
                     high[e] += second(mine[q, e])
         for e in T.Parallel(ROLE):
-            low_s[e] = low[e]
-            high_s[e] = high[e]
+            if T.And(e >= share, e < lanes * share):
+                others_s[0, e // share - 1, e % share] = low[e]
+        for e in T.Parallel(ROLE):
+            if T.And(e >= share, e < lanes * share):
+                others_s[1, e // share - 1, e % share] = high[e]
         T.sync_threads(SHARE, ROLE)
         for e in T.Parallel(ROLE):
             if T.And(e < share, s * share + e < used):
-                low[e] = 0.0
-                high[e] = 0.0
-                for lane in T.unroll(lanes):
-                    low[e] += low_s[lane * share + e]
-                    high[e] += high_s[lane * share + e]
+                for lane in T.unroll(lanes - 1):
+                    low[e] += others_s[0, lane, e]
+                    high[e] += others_s[1, lane, e]
                 T.atomic_store(words[total(g, use, s * share + e)], word_of(low[e], high[e], use), memory_order="relaxed")
                 low[e] = first(word_of(low[e], high[e], use))  # what the others read
                 if s * share + e < M * half:
@@ -162,4 +169,4 @@ def pairs(G, groups, bt, M, n, ring):
             elif e < few:
                 total_s[at, n * half + e] = first(word[e])
 
-    return read, (run, ROLE), counters, number, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals, leave_of(G, counters, ring)
+    return read, (run, ROLE), counters, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals

@@ -15,7 +15,7 @@ Barriers between the warps of a role are by hand: those TileLang would put in fo
 import tilelang.language as T
 
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.meeting import ROLE, meeting
+from tl_kernels.meeting import ROLE, leave_of, meeting
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pairs import pairs
 from tl_kernels.relay import relay
@@ -46,14 +46,14 @@ def roles(p, cfg, load, work, raw):
     summed, totalled = read_after(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     registers, everyone = registers_of(p, cfg), threads + 2 * ROLE
-    sizes, few, paired = (G, groups, bt, M + 1, n + 1, ring_of(cfg)), (n + 1) * bt, cfg["word"] == 8
+    ring, few, paired = ring_of(cfg), (n + 1) * bt, cfg["word"] == 8
+    sizes = (G, groups, bt, M + 1, n + 1, ring)
     fed, copies = early == 2, n if raw else n + 3  # of a tile
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
     count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if paired:
-        count, share_shape, counters, number, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals, leave = pairs(
-            G, groups, bt, M, n, ring_of(cfg)
-        )
+        count, share_shape, counters, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals = pairs(G, groups, bt, M, n, ring)
+        leave = leave_of(G, counters, ring)
     elif levels == 2:
         count, share_shape, ask, add_share, ask_totals, read_totals = relay(*sizes)
     word_type = "uint64" if paired else "uint32"

@@ -1,7 +1,8 @@
 """What the programs that keep a token's row on chip share: the tile of a block and the rules of a configuration.
 
 A token's row and its share of phi do not fit one block, so a group of ``ceildiv(C, block_C)`` blocks shares every tile of tokens, a slice
-of the channels and of phi each, and meets in global memory (tl_kernels/meeting.py; with ``levels: 2`` in two steps, tl_kernels/relay.py).
+of the channels and of phi each, and meets in global memory (tl_kernels/meeting.py): with ``levels: 2`` in two steps (tl_kernels/relay.py),
+with ``word: 8`` also in words of two sums (tl_kernels/pairs.py).
 The warps of a block have roles, each at another tile (tl_kernels/roles.py): ``ahead`` tiles are on their way while one is worked on, and
 those whose H_pre is not known yet wait on chip.
 
@@ -13,7 +14,7 @@ import tilelang.language as T
 
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, scratch_size
 from tl_kernels.mma import padded
-from tl_kernels.pairs import pairs_size
+from tl_kernels.pairs import exchanged, pairs_size
 from tl_kernels.relay import relay_size, share_of
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
@@ -107,7 +108,8 @@ def shared_bytes(p, cfg, mixes):
     """Shared memory; ``mixes``: whether tiles of f, H_post and H_res stand beside those of the streams."""
     bt, kb, staged = cfg["block_T"], p.n * cfg["block_C"], cfg["ahead"] + 1
     beside = staged * bt * (cfg["block_C"] * p.itemsize + 4 * (p.n + p.n * p.n)) if mixes else 0
-    sums = 2 * bt * (p.n + 1) + 2 * bt * p.n + (ROLE * (cfg["word"] // 4) if cfg["levels"] == 2 else 0)
+    exchange = 0 if cfg["levels"] == 1 else ROLE if cfg["word"] == 4 else exchanged(group_of(p, cfg), bt, p.M)
+    sums = 2 * bt * (p.n + 1) + 2 * bt * p.n + exchange
     return buffers_of(p, cfg) * bt * kb * p.itemsize + beside + 4 * sums
 
 

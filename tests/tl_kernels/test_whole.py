@@ -149,11 +149,11 @@ def test_rules_of_a_configuration(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize(("n", "C"), [(4, 2560), (2, 520)])
-def test_shared_memory_is_known_exactly(name, n, C):
+@pytest.mark.parametrize(("n", "C", "changes"), [(4, 2560, (PAIRS, {"early": 1, "ahead": 2})), (2, 520, ({**RELAY, "slack": 2},))])
+def test_shared_memory_is_known_exactly(name, n, C, changes):
     kernel = KERNELS[name]
     p = kernel.problem(n, C)
-    for change in ({}, {"levels": 2, "slack": 2}, {"levels": 2, "word": 8}, {"early": 1, "ahead": 2}):
+    for change in changes:
         cfg = {**SMALL, "block_C": 128, **change}
         assert shared_bytes(p, cfg, name == "post_res_project_pre") == lowered_shared_bytes(kernel, kernel.build(p, cfg), cfg, "sm_90a")
 

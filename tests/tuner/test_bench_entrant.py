@@ -67,10 +67,9 @@ def test_a_rival_without_a_chain_says_so():
 
 @pytest.mark.slow
 def test_the_compiled_rival_is_the_specification():
-    for T in (1, 300):  # each has its own way to be compiled
-        entrant = Entrant(replace(TINY, rival="compile", T=T), CLOCK)
-        assert not entrant.row["failures"]
-        assert max(entrant.row["errors"].values()) < 1e-5
+    entrant = Entrant(replace(TINY, rival="compile", T=1), CLOCK)  # for this T alone; tests/tuner/test_bench.py has one for several
+    assert not entrant.row["failures"]
+    assert max(entrant.row["errors"].values()) < 1e-5
 
 
 def test_liger_parameters_go_into_its_layout_and_back(monkeypatch):
