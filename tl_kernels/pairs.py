@@ -23,8 +23,9 @@ def share_of(G, bt, M):
 
 
 def lanes_of(G, bt, M):
-    """Threads that share a word, each with some of the blocks."""
-    return min(G, ROLE // share_of(G, bt, M))
+    """Threads that share a word, each with some of the blocks. What they exchange fits beside seven tiles of 32 tokens."""
+    share, room = share_of(G, bt, M), 2 * ROLE if bt <= 16 else ROLE + ROLE // 2
+    return min(G, ROLE // share, 1 + room // (2 * share))
 
 
 def exchanged(G, bt, M):
