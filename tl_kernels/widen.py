@@ -5,6 +5,8 @@ half and a mask for the upper one are two, with the same bits. nvcc makes them o
 ask for, so the program brings a function along. The CPU target leaves that out (tl_kernels/cpu.py).
 """
 
+from tl_kernels.spec import Config, Problem
+
 _TWO = """
 #include <cuda_bf16.h>
 static __device__ __forceinline__ float2 widen_pair(__nv_bfloat162 pair) {
@@ -15,11 +17,11 @@ static __device__ __forceinline__ float2 widen_pair(__nv_bfloat162 pair) {
 """
 
 
-def widths(p):
+def widths(p: Problem) -> tuple[int, ...]:
     """What the knob may be."""
     return (3, 2) if p.dtype == "bfloat16" else (3,)
 
 
-def widen(cfg):
+def widen(cfg: Config) -> str | None:
     """For ``T.import_source``."""
     return _TWO if cfg["widen"] == 2 else None
