@@ -1,4 +1,6 @@
-"""A block's slice of the channels, in ``streams_grad`` and ``pre_streams_grad``: phi's part and dphi's stay on chip, dx leaves in rows."""
+"""A block's slice of the channels, in ``streams_grad`` and ``pre_streams_grad``: phi's part and dphi's stay on chip, dx is summed in the
+layout of the product dz phi and leaves in rows.
+"""
 
 import tilelang.language as T
 
@@ -6,13 +8,15 @@ from tl_kernels.mma import high, low, mma_dtype, padded
 
 
 def slice_macros(p, cfg):
-    """``column`` and the macros ``stage_phi``, ``write_dx`` and ``write_dphi`` of slice ``block`` of the channels.
+    """Macros of slice ``block`` of the channels: ``stage_phi``, ``read_rows``, ``add_gradients``, ``add_x``, ``put_back``, ``write_dx`` and
+    ``write_dphi``.
 
     They take its number, not its first channel: of that TileLang could not tell that it lies on 16 bytes where it comes from a variable.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, mma_dtype(p)
     bt, bc, N, kb, kp = cfg["block_T"], cfg["block_C"], padded(p.M, 16), p.n * cfg["block_C"], dphi_rows(p, cfg)
     width, wide = bc // slices(cfg), slice_columns(p, cfg)
+    streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
 
     def column(j, c):
         """Where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of its own."""
@@ -26,6 +30,41 @@ def slice_macros(p, cfg):
                 value = T.if_then_else(m < M and c0 + c < C, phi[T.min(m, M - 1), T.min(j * C + c0 + c, K - 1)], 0.0)
                 phi_hi[m, column(j, c)] = high(value, dtype)
                 phi_lo[m, column(j, c)] = low(value, dtype)
+
+    @T.macro
+    def read_rows(st, dy_s, du_s, dy_f, du_f):
+        for i in T.unroll(n):
+            for t, c in T.Parallel(bt, bc):
+                dy_f[i, t, c] = dy_s[st, t, i * bc + c]
+        for t, c in T.Parallel(bt, bc):
+            du_f[t, c] = du_s[st, t, c]
+
+    @T.macro
+    def add_gradients(g_TK, st, pre_s, du_f, res_of, dy_f):
+        """H_pre du and H_res dy. ``res_of(st, t, i, j)`` is H_res."""
+        for j in streams:
+            for t, c in T.Parallel(bt, bc):
+                g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
+        for i in T.unroll(n):
+            for j in streams:
+                for t, c in T.Parallel(bt, bc):
+                    g_TK[t, column(j, c)] += res_of(st, t, i, j) * dy_f[i, t, c]
+
+    @T.macro
+    def add_x(g_TK, st, c_of, x_s, x_f):
+        """c/K x. ``c_of(st, t)`` is c/K."""
+        for j in streams:
+            for t, c in T.Parallel(bt, bc):
+                x_f[t, c] = x_s[st, t, j * bc + c]
+            for t, c in T.Parallel(bt, bc):
+                g_TK[t, column(j, c)] += c_of(st, t) * x_f[t, c]
+
+    @T.macro
+    def put_back(g_TK, st, dy_s):
+        """dx in dy's place, where nobody reads that any more: a thread writes where it read."""
+        for j in streams:
+            for t, c in T.Parallel(bt, bc):
+                dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
 
     @T.macro
     def write_dx(dx, t0, block, tokens, dx_s, st):
@@ -45,7 +84,7 @@ def slice_macros(p, cfg):
             if m < M and k < kb and c0 + k % bc < C:
                 dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
 
-    return column, stage_phi, write_dx, write_dphi
+    return stage_phi, read_rows, add_gradients, add_x, put_back, write_dx, write_dphi
 
 
 def dphi_rows(p, cfg):

@@ -66,7 +66,7 @@ def build(p, cfg):
     T_ = T.dynamic("T")
     S2_ = T.dynamic("S2")
 
-    column, stage_phi, write_dx, write_dphi = slice_macros(p, cfg)
+    stage_phi, read_rows, add_gradients, add_x, put_back, write_dx, write_dphi = slice_macros(p, cfg)
 
     def number(epoch, tile):
         return epoch + T.cast(tile + 2 * ring, "uint32")
@@ -343,19 +343,9 @@ def build(p, cfg):
                     st = i % 2
                     T.sync_threads(TOP, everyone)
                     if tile >= 0:
-                        for k in T.unroll(n):
-                            for t, c in T.Parallel(bt, bc):
-                                dy_f[k, t, c] = dy_s[st, t, k * bc + c]
-                        for t, c in T.Parallel(bt, bc):
-                            du_f[t, c] = du_s[st, t, c]
+                        read_rows(st, dy_s, du_s, dy_f, du_f)
                         T.clear(g_TK)
-                        for j in streams:
-                            for t, c in T.Parallel(bt, bc):
-                                g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
-                        for k in T.unroll(n):
-                            for j in streams:
-                                for t, c in T.Parallel(bt, bc):
-                                    g_TK[t, column(j, c)] += res_s[st, t, k, j] * dy_f[k, t, c]
+                        add_gradients(g_TK, st, pre_s, du_f, lambda st, t, i, j: res_s[st, t, i, j], dy_f)
                         T.sync_threads(READY, threads + ROLE)
                         T.wgmma_gemm(dz_hi, phi_hi, g_TK, transpose_A=True, policy=rows)
                         T.wgmma_gemm(dz_hi, phi_lo, g_TK, transpose_A=True, policy=rows)
@@ -364,15 +354,8 @@ def build(p, cfg):
                         T.wgmma_gemm(x_s[st, :, :], dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
                         T.wgmma_gemm(x_s[st, :, :], dz_lo, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
                         T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
-                        for j in streams:
-                            for t, c in T.Parallel(bt, bc):
-                                x_f[t, c] = x_s[st, t, j * bc + c]
-                            for t, c in T.Parallel(bt, bc):
-                                g_TK[t, column(j, c)] += c_s[t] * x_f[t, c]
-                        # a thread writes where it read dy
-                        for j in streams:
-                            for t, c in T.Parallel(bt, bc):
-                                dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
+                        add_x(g_TK, st, lambda st, t: c_s[t], x_s, x_f)
+                        put_back(g_TK, st, dy_s)
                         T.wait_wgmma(0)
                         T.sync_threads(MAIN, threads)
                         write_dx(dx, t0, block, T_, dy_s, st)

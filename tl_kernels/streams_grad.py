@@ -39,12 +39,11 @@ def build(p, cfg):
     overlap = cfg["overlap"] == 1
     pad = pad_of(cfg)
     kg = slices(cfg) * slice_columns(p, cfg)
-    streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
     product = T.wgmma_gemm if overlap else T.gemm
     rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
     T_ = T.dynamic("T")
 
-    column, stage_phi, write_dx, write_dphi = slice_macros(p, cfg)
+    stage_phi, read_rows, add_gradients, add_x, put_back, write_dx, write_dphi = slice_macros(p, cfg)
 
     @T.prim_func
     def streams_grad(
@@ -137,28 +136,12 @@ def build(p, cfg):
                         for t, c in T.Parallel(bt, kp):
                             x_lo[t, c] = low(T.cast(x_s[st, t, c], ACC), mma)
                         T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
-                for i in T.unroll(n):
-                    for t, c in T.Parallel(bt, bc):
-                        dy_f[i, t, c] = dy_s[st, t, i * bc + c]
-                for t, c in T.Parallel(bt, bc):
-                    du_f[t, c] = du_s[st, t, c]
+                read_rows(st, dy_s, du_s, dy_f, du_f)
                 if overlap:
                     T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
-                for j in streams:
-                    for t, c in T.Parallel(bt, bc):
-                        g_TK[t, column(j, c)] += pre_s[st, t, j] * du_f[t, c]
-                for i in T.unroll(n):
-                    for j in streams:
-                        for t, c in T.Parallel(bt, bc):
-                            g_TK[t, column(j, c)] += res_s[st, t, i, j] * dy_f[i, t, c]
-                for j in streams:
-                    for t, c in T.Parallel(bt, bc):
-                        x_f[t, c] = x_s[st, t, j * bc + c]
-                    for t, c in T.Parallel(bt, bc):
-                        g_TK[t, column(j, c)] += dz_s[st, M, t] * (1.0 / K) * x_f[t, c]
-                for j in streams:
-                    for t, c in T.Parallel(bt, bc):
-                        dy_s[st, t, j * bc + c] = g_TK[t, column(j, c)]
+                add_gradients(g_TK, st, pre_s, du_f, lambda st, t, i, j: res_s[st, t, i, j], dy_f)
+                add_x(g_TK, st, lambda st, t: dz_s[st, M, t] * (1.0 / K), x_s, x_f)
+                put_back(g_TK, st, dy_s)
                 if overlap:
                     T.wait_wgmma(0)
                 T.sync_threads()

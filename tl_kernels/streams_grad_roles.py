@@ -37,11 +37,10 @@ def build_roles(p, cfg):
     own = splits - 1 if helpers else splits  # splits of blocks with one slice
     each = ceildiv(G, helpers) if helpers else 0  # slices of a helper
     feed_registers, main_registers = registers_of(p)
-    streams = tuple(range(n))
     rows = T.GemmWarpPolicy.FullRow  # every warp its own rows of dphi: x is then read once
     T_ = T.dynamic("T")
 
-    column, stage_phi, write_dx, write_dphi = slice_macros(p, cfg)
+    stage_phi, read_rows, add_gradients, add_x, put_back, write_dx, write_dphi = slice_macros(p, cfg)
 
     quarter = bt // 4
     # four tokens of dz a thread, so that their parts are stored 8 bytes at a time
@@ -187,28 +186,11 @@ def build_roles(p, cfg):
                     # dphi^T = x^T dz
                     T.wgmma_gemm(x_s[st, :, :], dz_hi[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
                     T.wgmma_gemm(x_s[st, :, :], dz_lo[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
-                    for i in T.unroll(n):
-                        for t, q in T.Parallel(bt, bc):
-                            dy_f[i, t, q] = dy_s[st, t, i * bc + q]
-                    for t, q in T.Parallel(bt, bc):
-                        du_f[t, q] = du_s[st, t, q]
+                    read_rows(st, dy_s, du_s, dy_f, du_f)
                     T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
-                    for j in streams:
-                        for t, q in T.Parallel(bt, bc):
-                            g_TK[t, column(j, q)] += pre_s[st, t, j] * du_f[t, q]
-                    for i in T.unroll(n):
-                        for j in streams:
-                            for t, q in T.Parallel(bt, bc):
-                                g_TK[t, column(j, q)] += res_s[st, t, i * n + j] * dy_f[i, t, q]
-                    for j in streams:
-                        for t, q in T.Parallel(bt, bc):
-                            x_f[t, q] = x_s[st, t, j * bc + q]
-                        for t, q in T.Parallel(bt, bc):
-                            g_TK[t, column(j, q)] += c_s[st, t] * x_f[t, q]
-                    # a thread writes where it read dy
-                    for j in streams:
-                        for t, q in T.Parallel(bt, bc):
-                            dy_s[st, t, j * bc + q] = g_TK[t, column(j, q)]
+                    add_gradients(g_TK, st, pre_s, du_f, lambda st, t, i, j: res_s[st, t, i * n + j], dy_f)
+                    add_x(g_TK, st, lambda st, t: c_s[st, t], x_s, x_f)
+                    put_back(g_TK, st, dy_s)
                     T.wait_wgmma(0)
                     T.sync_threads(MAIN, threads)
                     write_dx(dx, t0, slice_, T_, dy_s, st)
