@@ -45,7 +45,8 @@ def build(p, cfg):
                     x_f[j, t, c] = x_s[i % buffers, t1 + t, j * bc + c]
             for t, c in T.Parallel(part, bc):
                 f_f[t, c] = f_s[i % staged, t1 + t, c]
-            T.clear(square)
+            if not cfg["squares"]:
+                T.clear(square)
             for q in T.unroll(n):
                 for t, c in T.Parallel(part, bc):
                     y_f[t, c] = post_s[i % staged, t1 + t, q] * f_f[t, c]
@@ -60,11 +61,13 @@ def build(p, cfg):
                 for t, c in T.Parallel(part, bc):
                     if t0 + t1 + t < tokens and c0 + c < C:
                         y[t0 + t1 + t, q, c0 + c] = stored[t, c]
-                for t, c in T.Parallel(part, bc):
-                    square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
-            T.reduce_sum(square, mean, dim=1)
-            for t in T.Parallel(part):
-                put_mean(home, i, t1 + t, mean[t] / K)
+                if not cfg["squares"]:
+                    for t, c in T.Parallel(part, bc):
+                        square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
+            if not cfg["squares"]:
+                T.reduce_sum(square, mean, dim=1)
+                for t in T.Parallel(part):
+                    put_mean(home, i, t1 + t, mean[t] / K)
         T.fence_proxy_async()
 
     run = roles(p, cfg, load, work, raw=False)

@@ -32,16 +32,17 @@ def build(p, cfg):
     def work(i, t0, tokens, c0, tiles, held, put_mean, home, outs):
         (x_s,) = tiles
         x_f, square, mean = held
-        T.clear(square)
-        for h in T.unroll(bt // part):
-            for j in T.unroll(n):
-                for t, c in T.Parallel(part, bc):
-                    x_f[t, c] = x_s[i % buffers, h * part + t, j * bc + c]
-                for t, c in T.Parallel(part, bc):
-                    square[h, t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
-        T.reduce_sum(square, mean, dim=2)  # of all parts at once, so that their shuffles overlap
-        for h, t in T.Parallel(bt // part, part):
-            put_mean(home, i, h * part + t, mean[h, t] / K)
+        if not cfg["squares"]:
+            T.clear(square)
+            for h in T.unroll(bt // part):
+                for j in T.unroll(n):
+                    for t, c in T.Parallel(part, bc):
+                        x_f[t, c] = x_s[i % buffers, h * part + t, j * bc + c]
+                    for t, c in T.Parallel(part, bc):
+                        square[h, t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
+            T.reduce_sum(square, mean, dim=2)  # of all parts at once, so that their shuffles overlap
+            for h, t in T.Parallel(bt // part, part):
+                put_mean(home, i, h * part + t, mean[h, t] / K)
 
     run = roles(p, cfg, load, work, raw=True)
 

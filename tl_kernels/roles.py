@@ -2,7 +2,9 @@
 held by all.
 
     main     makes u of tile i - lag, asks for a tile, in this order or (``early`` 1) the other, works on tile i when it has arrived
-    product  with ``early`` 2 asks for the tile in main's place; z of tile i - 1 for this slice of the channels, published
+    product  with ``early`` 2 asks for the tile in main's place; z of tile i - 1 for this slice of the channels, published; with ``squares``
+             the mean squares too, for which main then needs no instruction: the product of a tile with itself has them on its diagonal,
+             and 16 of wgmma's 64 rows are free beside phi's parts
     sums     asks for words of the group, two tiles after the main role or more; makes H_pre of the sums of an iteration before, while the
              words are on their way: a load cannot be under way across a barrier; then adds up, with two levels a share and the totals
 
@@ -49,6 +51,7 @@ def roles(p, cfg, load, work, raw):
     ring, few, paired = ring_of(cfg), (n + 1) * bt, cfg["word"] == 8
     sizes = (G, groups, bt, M + 1, n + 1, ring)
     fed, copies = early == 2, n if raw else n + 3  # of a tile
+    squares, free = cfg["squares"], operand_row(N - 8, 0)  # from that row on there are none of phi
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
     count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if paired:
@@ -84,7 +87,19 @@ def roles(p, cfg, load, work, raw):
             z[m, t] += z_NT[operand_row(m, 1), t * step + first]
 
     @T.macro
+    def put_mean(home, i, t, value):
+        scratch, g, s, epoch = home
+        if paired:
+            publish_mean(scratch, g, s, number(epoch, i), t, value)
+        else:
+            publish(scratch, g, s, number(epoch, i), M * bt + t, value)
+
+    @T.macro
     def multiply(i, s, g, epoch, scratch, phi_f, x_s, z_NT):
+        if squares:
+            for r, k in T.Parallel(2 * N, n * bc):  # one warp has these rows
+                if r >= free:
+                    phi_f[r, k] = x_s[i % buffers, r - free, k]
         T.gemm(phi_f, x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
         if paired:
             even = T.alloc_fragment((N, bt // 2), ACC)
@@ -98,14 +113,10 @@ def roles(p, cfg, load, work, raw):
             for m, t in T.Parallel(N, bt):
                 if m < M:
                     publish(scratch, g, s, number(epoch, i), m * bt + t, z[m, t])
-
-    @T.macro
-    def put_mean(home, i, t, value):
-        scratch, g, s, epoch = home
-        if paired:
-            publish_mean(scratch, g, s, number(epoch, i), t, value)
-        else:
-            publish(scratch, g, s, number(epoch, i), M * bt + t, value)
+        if squares:
+            for r, t in T.Parallel(2 * N, bt):
+                if r == free + t:
+                    put_mean((scratch, g, s, epoch), i, t, z_NT[r, t] / K)
 
     @T.macro
     def put_pre(i, tile, total_s, pre_s, affine):

@@ -20,6 +20,8 @@ from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
 #: Blocks of a group wait for each other, so all of them must fit the GPU at once: a little less than the 78 multiprocessors of an H20.
 MOST_BLOCKS = 72
+#: Tokens of a tile whose squares the product can make: it has so many rows beside those of phi, up to four streams.
+SQUARES = 16
 
 
 def group_of(p, cfg):
@@ -129,6 +131,8 @@ def invalid(p, cfg, mixes=True):
         return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
     if cfg["word"] == 8 and cfg["levels"] == 1:
         return "word=8, levels=1: wanted levels=2 for words of two sums"
+    if cfg["squares"] and bt != SQUARES:
+        return f"squares=1, block_T={bt}: wanted {SQUARES} tokens, as many as the product has rows beside those of phi"
     if cfg["levels"] == 2:
         if share_of(G, bt, p.M + 1) > ROLE:
             return f"levels=2, block_T={bt}, block_C={bc}: {G} blocks to a group, wanted so many that each adds up at most {ROLE} values"
@@ -159,6 +163,7 @@ SPACE = {
     "early": (0, 1, 2),
     "word": (4, 8),
     "widen": (3, 2),
+    "squares": (0, 1),
 }
 
 
@@ -168,7 +173,7 @@ def default(p):
     groups = max(1, 132 // ceildiv(p.C, bc))
     first = ((16, 256, 3, 2, 2),) if p.n > 2 else ()
     cfgs = [
-        dict(zip(SPACE, (bt, bc, groups, threads, ahead, levels, slack, 0, 4, 3), strict=True))
+        dict(zip(SPACE, (bt, bc, groups, threads, ahead, levels, slack, 0, 4, 3, 0), strict=True))
         for bt, threads, ahead, levels, slack in (*first, (32, 256, 1, 1, 1), (16, 256, 3, 1, 1), (16, 256, 3, 2, 2), (16, 128, 1, 1, 1))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
@@ -196,13 +201,20 @@ _OTHERS = (
     (16, 128, 6, 256, 3, 1, 1, 1),
     (32, 128, 6, 256, 1, 2, 1, 0),
 )
+#: ``word``, ``widen``, ``squares``.
+_FORMS = ((8, 2, 1), (8, 2, 0), (4, 2, 1), (4, 2, 0), (8, 3, 0))
+
+
+def _seeds():
+    for form in _FORMS:
+        for best in _BEST:
+            yield dict(zip(SPACE, (*best, *form), strict=True))
+    for config in _BEST + _OTHERS:
+        yield dict(zip(SPACE, (*config, 4, 3, 0), strict=True))
+
+
 #: What a search begins with.
-SEEDS = tuple(
-    dict(zip(SPACE, (*values, word, widen), strict=True))
-    for bests, word, widen in ((_BEST, 8, 2), (_BEST, 4, 2), (_BEST, 8, 3), (_BEST + _OTHERS, 4, 3))
-    for values in bests
-    if word == 4 or values[5] == 2  # words of two sums are for two levels
-)
+SEEDS = tuple(s for s in _seeds() if (s["word"] == 4 or s["levels"] == 2) and (not s["squares"] or s["block_T"] == SQUARES))
 
 
 def space(p):

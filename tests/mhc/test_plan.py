@@ -18,7 +18,8 @@ from tl_kernels.cpu import available
 PIECES = ["project_parts", "coefficients", "pre", "post_res_project", "coefficients", "pre", "post_res"]
 APART = [*PIECES[:3], "post_res", "project_parts", "coefficients", "pre", "post_res"]
 SHORTCUTS = ["project_pre", "coefficients", "post_res_project_pre", "coefficients", "post_res"]
-SMALL = {"block_T": 16, "block_C": 64, "groups": 2, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0, "word": 4, "widen": 3}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 2, "threads": 128, "ahead": 1, "levels": 1, "slack": 0}
+SMALL |= {"early": 0, "word": 4, "widen": 3, "squares": 0}
 
 
 def tuned(times, impl="reference", n=4, C=64):

@@ -13,7 +13,8 @@ from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
-SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0, "word": 4, "widen": 3}
+FORM = {"word": 4, "widen": 3, "squares": 0}
+SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0, **FORM}
 RELAY = {"levels": 2, "groups": 2}
 PAIRS = {**RELAY, "word": 8}
 CPU = (
@@ -31,6 +32,9 @@ CPU = (
     (4, 264, PAIRS),
     (1, 136, {**PAIRS, "ahead": 2}),
     (3, 264, {**PAIRS, "block_T": 32, "slack": 1, "widen": 2}),
+    (4, 136, {"groups": 2, "squares": 1}),
+    (4, 264, {**PAIRS, "slack": 2, "ahead": 3, "early": 2, "squares": 1}),
+    (1, 136, {**RELAY, "squares": 1}),
 )
 WIDE = {**SMALL, "block_C": 128, "threads": 256}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
@@ -56,6 +60,12 @@ GPU += (
     (4, 7168, {**WIDE, "groups": 2, "ahead": 1, "levels": 2, "slack": 2, "early": 2}),
     *((n, C, {**SMALL, **PAIRS, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
     *((4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "early": early, "word": 8, "widen": 2}) for early in (0, 2)),
+    *((n, C, {**SMALL, **PAIRS, "groups": 3, "squares": 1}) for n in (1, 2, 3, 4) for C in (264, 1288)),
+    *(
+        (4, C, {**WIDE, "groups": groups, "ahead": 3, "levels": 2, "slack": 2, "early": early, "word": 8, "widen": 2, "squares": 1})
+        for C, groups, early in ((2560, 6, 0), (2560, 6, 2), (4096, 4, 2), (7168, 2, 1))
+    ),
+    (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "slack": 1, "squares": 1}),
     (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "ahead": 2, "levels": 2, "word": 8, "widen": 2}),
     (4, 4096, {**WIDE, "groups": 4, "ahead": 3, "levels": 2, "slack": 2, "early": 2, "word": 8, "widen": 2}),
     (4, 7168, {**WIDE, "groups": 2, "ahead": 3, "levels": 2, "slack": 2, "early": 1, "word": 8, "widen": 2}),
@@ -65,13 +75,13 @@ GPU += (
     (4, 4096, None),
     (3, 1280, None),
 )
-FEW = (CPU[1], CPU[3], CPU[6], CPU[10], CPU[13])  # the two programs share all but the main role
+FEW = (CPU[1], CPU[3], CPU[6], CPU[10], CPU[13], CPU[15])  # the two programs share all but the main role
 CASES = [
     pytest.param(name, "cpu", n, C, {**SMALL, **cfg}, id=f"{name}-cpu-n{n}-C{C}")
     for name in WHOLE
     for n, C, cfg in (FEW if name == "project_pre" else CPU)
 ]
-NAMED = ("block_T", "threads", "ahead", "levels", "slack", "early", "word", "widen")
+NAMED = ("block_T", "threads", "ahead", "levels", "slack", "early", "word", "widen", "squares")
 CASES += [
     pytest.param(
         name,
@@ -95,15 +105,25 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
 @pytest.mark.parametrize(
-    ("levels", "slack", "early", "word"),
-    [(1, 0, 0, 4), (1, 1, 2, 4), (2, 0, 0, 4), (2, 1, 0, 4), (2, 2, 0, 4), (2, 2, 2, 4), (2, 0, 0, 8), (2, 2, 2, 8)],
+    ("levels", "slack", "early", "word", "squares"),
+    [
+        (1, 0, 0, 4, 0),
+        (1, 1, 2, 4, 1),
+        (2, 0, 0, 4, 0),
+        (2, 1, 0, 4, 0),
+        (2, 2, 0, 4, 1),
+        (2, 2, 2, 4, 0),
+        (2, 0, 0, 8, 1),
+        (2, 2, 2, 8, 0),
+    ],
 )
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
-def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, early, word):
+def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, early, word, squares):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]
     p = kernel.problem(4, 136 if levels == 1 else 264)
-    cfg = {**SMALL, "levels": levels, "slack": slack, "early": early, "word": word, "block_C": 128 if levels == 1 else 64}
+    knobs = {"levels": levels, "slack": slack, "early": early, "word": word, "squares": squares}
+    cfg = {**SMALL, **knobs, "block_C": 128 if levels == 1 else 64}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
@@ -139,6 +159,7 @@ def test_rules_of_a_configuration(name):
         ({"groups": 16}, "groups=16: 320 blocks"),
         ({"ahead": 6}, "bytes of shared memory"),
         ({"slack": 2}, "slack=2, levels=1: wanted at most one for each time that words are read"),
+        ({"squares": 1}, "squares=1, block_T=32: wanted 16 tokens"),
         ({"word": 8}, "word=8, levels=1: wanted levels=2"),
         ({"block_C": 256}, "256 registers a thread for 1024 channels of phi, wanted at most 128"),
     ):
