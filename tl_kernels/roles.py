@@ -52,6 +52,7 @@ def roles(p, cfg, load, work, raw):
     sizes = (G, groups, bt, M + 1, n + 1, ring)
     fed, copies = early == 2, n if raw else n + 3  # of a tile
     squares, free = cfg["squares"], operand_row(N - 8, 0)  # from that row on there are none of phi
+    width = n * bc // 2 if squares else n * bc  # columns that the product takes at a time
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
     count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if paired:
@@ -72,11 +73,11 @@ def roles(p, cfg, load, work, raw):
                 x_s[spare + (M + m) // bt, (M + m) % bt, j * bc + c] = low(value, dtype)
 
     @T.macro
-    def fill(x_s, phi_f):
-        for r, k in T.Parallel(2 * N, n * bc):
+    def fill(k0, x_s, phi_f):
+        for r, k in T.Parallel(2 * N, width):
             # rows beyond phi's give sums that nobody reads
             at = T.min(r // 16 * 8 + r % 8, M - 1) + T.if_then_else(r % 16 < 8, 0, M)
-            phi_f[r, k] = x_s[spare + at // bt, at % bt, k]
+            phi_f[r, k] = x_s[spare + at // bt, at % bt, k0 + k]
 
     @T.macro
     def take(z_NT, z, step, first):
@@ -95,12 +96,23 @@ def roles(p, cfg, load, work, raw):
             publish(scratch, g, s, number(epoch, i), M * bt + t, value)
 
     @T.macro
+    def add_rows(i, k0, x_s, phi_f):
+        """The tile's own rows below those of phi. One warp has them all."""
+        for r, k in T.Parallel(2 * N, width):
+            if r >= free:
+                phi_f[r, k] = x_s[i % buffers, r - free, k0 + k]
+
+    @T.macro
     def multiply(i, s, g, epoch, scratch, phi_f, x_s, z_NT):
         if squares:
-            for r, k in T.Parallel(2 * N, n * bc):  # one warp has these rows
-                if r >= free:
-                    phi_f[r, k] = x_s[i % buffers, r - free, k]
-        T.gemm(phi_f, x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
+            # half of the channels while the others are multiplied
+            add_rows(i, 0, x_s, phi_f[0])
+            T.wgmma_gemm(phi_f[0], x_s[i % buffers, :, 0:width], z_NT, transpose_B=True, clear_accum=True)
+            add_rows(i, width, x_s, phi_f[1])
+            T.wgmma_gemm(phi_f[1], x_s[i % buffers, :, width : 2 * width], z_NT, transpose_B=True)
+            T.wait_wgmma(0)
+        else:
+            T.gemm(phi_f[0], x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
         if paired:
             even = T.alloc_fragment((N, bt // 2), ACC)
             odd = T.alloc_fragment((N, bt // 2), ACC)
@@ -189,7 +201,7 @@ def roles(p, cfg, load, work, raw):
         tx, s, g, c0 = block
         phi, alpha, b = weights
         x_s, u, parts = tiles[0], outs[0], outs[1]
-        phi_f = T.alloc_fragment((2 * N, n * bc), dtype)
+        phi_f = [T.alloc_fragment((2 * N, width), dtype) for _ in range(n * bc // width)]
         z_NT = T.alloc_fragment((2 * N, bt), ACC)
         at = T.alloc_fragment((count,), "int32")
         until = T.alloc_fragment((count,), "int32")
@@ -231,7 +243,9 @@ def roles(p, cfg, load, work, raw):
         elif tx < threads + ROLE:
             if registers is not None:
                 T.set_max_nreg(registers[0], 1)
-            fill(x_s, phi_f)
+            fill(0, x_s, phi_f[0])
+            if squares:
+                fill(width, x_s, phi_f[1])
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
                 if fed:
