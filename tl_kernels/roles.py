@@ -103,16 +103,17 @@ def roles(p, cfg, load, work, raw):
                 phi_f[r, k] = x_s[i % buffers, r - free, k0 + k]
 
     @T.macro
-    def multiply(i, s, g, epoch, scratch, phi_f, x_s, z_NT):
+    def multiply(i, s, g, epoch, scratch, phis, x_s, z_NT):
+        phi_f, phi_rest = phis
         if squares:
-            # half of the channels while the others are multiplied
-            add_rows(i, 0, x_s, phi_f[0])
-            T.wgmma_gemm(phi_f[0], x_s[i % buffers, :, 0:width], z_NT, transpose_B=True, clear_accum=True)
-            add_rows(i, width, x_s, phi_f[1])
-            T.wgmma_gemm(phi_f[1], x_s[i % buffers, :, width : 2 * width], z_NT, transpose_B=True)
+            # half of the columns are read while the others are multiplied
+            add_rows(i, 0, x_s, phi_f)
+            T.wgmma_gemm(phi_f, x_s[i % buffers, :, 0:width], z_NT, transpose_B=True, clear_accum=True)
+            add_rows(i, width, x_s, phi_rest)
+            T.wgmma_gemm(phi_rest, x_s[i % buffers, :, width : 2 * width], z_NT, transpose_B=True)
             T.wait_wgmma(0)
         else:
-            T.gemm(phi_f[0], x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
+            T.gemm(phi_f, x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
         if paired:
             even = T.alloc_fragment((N, bt // 2), ACC)
             odd = T.alloc_fragment((N, bt // 2), ACC)
@@ -201,7 +202,8 @@ def roles(p, cfg, load, work, raw):
         tx, s, g, c0 = block
         phi, alpha, b = weights
         x_s, u, parts = tiles[0], outs[0], outs[1]
-        phi_f = [T.alloc_fragment((2 * N, width), dtype) for _ in range(n * bc // width)]
+        phi_f = T.alloc_fragment((2 * N, width), dtype)
+        phi_rest = T.alloc_fragment((2 * N, width), dtype) if squares else None
         z_NT = T.alloc_fragment((2 * N, bt), ACC)
         at = T.alloc_fragment((count,), "int32")
         until = T.alloc_fragment((count,), "int32")
@@ -243,15 +245,15 @@ def roles(p, cfg, load, work, raw):
         elif tx < threads + ROLE:
             if registers is not None:
                 T.set_max_nreg(registers[0], 1)
-            fill(0, x_s, phi_f[0])
+            fill(0, x_s, phi_f)
             if squares:
-                fill(width, x_s, phi_f[1])
+                fill(width, x_s, phi_rest)
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
                 if fed:
                     go_on(i + ahead, mine, ((i + ahead) * groups + g) * bt, c0, tensors, tiles)
                 if i < mine + 1:
-                    multiply(i - 1, s, g, epoch, words, phi_f, x_s, z_NT)
+                    multiply(i - 1, s, g, epoch, words, (phi_f, phi_rest), x_s, z_NT)
                 if fed:  # tile i + 1 is there when all begin it
                     T.ptx_wait_group((ahead - 1) * copies)
                     T.fence_proxy_async()
