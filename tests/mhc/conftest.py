@@ -11,6 +11,9 @@ import torch
 
 import mhc
 from mhc.signatures import FUSED_KERNELS, PAIRS, SIGNATURES
+from tests.mhc.profiles import machine, said
+
+__all__ = ["machine", "said"]  # fixtures
 
 CASES = (
     pytest.param(("cpu", "reference"), id="cpu-reference"),
