@@ -9,12 +9,11 @@ import tilelang.language as T
 
 from tl_kernels.meeting import ROLE, tag
 from tl_kernels.mma import ACC
+from tl_kernels.relay import SHARE
 from tl_kernels.spec import ceildiv
 
 #: Words in a sector of L2.
 SECTOR = 4
-#: The named barrier of the role that adds up, see tl_kernels/whole.py.
-SHARE = 4
 
 
 def share_of(G, bt, M):
@@ -30,7 +29,7 @@ def lanes_of(G, bt, M):
 
 def exchanged(G, bt, M):
     """Floats in shared memory: what all lanes but the first give to that."""
-    return 2 * (lanes_of(G, bt, M) - 1) * share_of(G, bt, M)
+    return 2 * max(1, lanes_of(G, bt, M) - 1) * share_of(G, bt, M)
 
 
 def words_of(G, bt, M):
