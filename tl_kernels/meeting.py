@@ -33,6 +33,25 @@ def tag(use, ring):
     return T.bitwise_xor(T.bitwise_and(use // ring, T.uint32(1)), T.uint32(1))
 
 
+def tagged(value, use, ring):
+    """The word of a float32."""
+    return T.bitwise_or(untagged(T.reinterpret(value, "uint32")), tag(use, ring))
+
+
+def untagged(word):
+    return T.bitwise_and(word, T.uint32(0xFFFFFFFE))
+
+
+def value_of(word):
+    """The float32 of a word."""
+    return T.reinterpret(untagged(word), ACC)
+
+
+def place_of(g, use, ring):
+    """Which of all places group g's present use of the ring is at."""
+    return g * ring + T.cast(use % ring, "int32")
+
+
 def leave_of(G, counters, ring):
     """Macro ``leave``."""
 
@@ -62,7 +81,7 @@ def meeting(G, groups, bt, values, every, ring):
         return epoch + T.cast(tile + 2 * ring, "uint32")
 
     def row(g, use, r):
-        return ((g * ring + T.cast(use % ring, "int32")) * G + r) * width
+        return (place_of(g, use, ring) * G + r) * width
 
     def place(e, s):
         """Of the e-th word that block s adds up: what every block needs, then its share, then any word, so that a load has no condition.
@@ -85,8 +104,7 @@ def meeting(G, groups, bt, values, every, ring):
 
     @T.macro
     def publish(scratch, g, s, use, at, value):
-        word = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring))
-        T.atomic_store(scratch[row(g, use, s) + at], word, memory_order="relaxed")
+        T.atomic_store(scratch[row(g, use, s) + at], tagged(value, use, ring), memory_order="relaxed")
 
     @T.macro
     def ask(scratch, g, use, at, words):
@@ -113,7 +131,7 @@ def meeting(G, groups, bt, values, every, ring):
         T.clear(total)
         for r in T.unroll(G):
             for e in T.Parallel(sums):
-                total[e] += T.reinterpret(T.bitwise_and(words[r, e], T.uint32(0xFFFFFFFE)), ACC)
+                total[e] += value_of(words[r, e])
 
     @T.macro
     def write_out(t0, at, until, total, out):

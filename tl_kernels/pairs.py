@@ -7,7 +7,7 @@ of ``shares`` [G, share] each. The mean squares, which the main role has a token
 
 import tilelang.language as T
 
-from tl_kernels.meeting import ROLE, tag
+from tl_kernels.meeting import ROLE, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC
 from tl_kernels.relay import SHARE
 from tl_kernels.spec import ceildiv
@@ -57,12 +57,9 @@ def pairs(G, groups, bt, M, n, ring):
     totals = groups * ring * G * width
     counters = 2 * groups * ring * (G + 1) * width
 
-    def place(g, use):
-        return g * ring + T.cast(use % ring, "int32")
-
     def partial(g, use, r, w):
         """Word w of block r."""
-        return place(g, use) * (G * width) + w // share * (G * share) + r * share + w % share
+        return place_of(g, use, ring) * (G * width) + w // share * (G * share) + r * share + w % share
 
     def its(g, use, s, q, e):
         """The q-th word that thread e adds up, for block s; any where there is none, so that a load has no condition."""
@@ -70,23 +67,23 @@ def pairs(G, groups, bt, M, n, ring):
         return partial(g, use, row, T.min(s * share + e % share, used - 1))
 
     def total(g, use, w):
-        return totals + place(g, use) * width + w
+        return totals + place_of(g, use, ring) * width + w
 
     def needed(e):
         at = T.min(e, few - 1)
         return at + T.if_then_else(at < n * half, 0, (M - n) * half)
 
     def first(word):
-        return T.reinterpret(T.bitwise_and(T.cast(word, "uint32"), T.uint32(0xFFFFFFFE)), ACC)
+        return value_of(T.cast(word, "uint32"))
 
     def second(word):
         return T.reinterpret(T.cast(T.shift_right(word, T.uint64(32)), "uint32"), ACC)
 
-    def tagged(a, use):
-        return T.cast(T.bitwise_or(T.bitwise_and(T.reinterpret(a, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring)), "uint64")
+    def alone(a, use):
+        return T.cast(tagged(a, use, ring), "uint64")
 
-    def word_of(a, b, use):
-        return T.bitwise_or(T.shift_left(T.cast(T.reinterpret(b, "uint32"), "uint64"), T.uint64(32)), tagged(a, use))
+    def both(a, b, use):
+        return T.bitwise_or(T.shift_left(T.cast(T.reinterpret(b, "uint32"), "uint64"), T.uint64(32)), alone(a, use))
 
     def stale(word, use):
         return T.bitwise_and(T.bitwise_xor(T.cast(word, "uint32"), tag(use, ring)), T.uint32(1))
@@ -95,11 +92,11 @@ def pairs(G, groups, bt, M, n, ring):
     def publish_sums(words, g, s, use, even, odd):
         for m, t in T.Parallel(even.shape[0], half):
             if m < M:
-                T.atomic_store(words[partial(g, use, s, m * half + t)], word_of(even[m, t], odd[m, t], use), memory_order="relaxed")
+                T.atomic_store(words[partial(g, use, s, m * half + t)], both(even[m, t], odd[m, t], use), memory_order="relaxed")
 
     @T.macro
     def publish_mean(words, g, s, use, t, value):
-        T.atomic_store(words[partial(g, use, s, M * half + t)], tagged(value, use), memory_order="relaxed")
+        T.atomic_store(words[partial(g, use, s, M * half + t)], alone(value, use), memory_order="relaxed")
 
     @T.macro
     def ask(words, g, s, use, mine):
@@ -138,19 +135,18 @@ def pairs(G, groups, bt, M, n, ring):
                 others_s[1, e // share - 1, e % share] = high[e]
         T.sync_threads(SHARE, ROLE)
         for e in T.Parallel(ROLE):
-            if T.And(e < share, s * share + e < used):
+            w = s * share + e
+            if T.And(e < share, w < used):
                 for lane in T.unroll(lanes - 1):
                     low[e] += others_s[0, lane, e]
                     high[e] += others_s[1, lane, e]
-                T.atomic_store(words[total(g, use, s * share + e)], word_of(low[e], high[e], use), memory_order="relaxed")
-                low[e] = first(word_of(low[e], high[e], use))  # what the others read
-                if s * share + e < M * half:
-                    if t0 + (s * share + e) % half * 2 < tokens:
-                        out[0, (s * share + e) // half, t0 + (s * share + e) % half * 2] = low[e]
-                    if t0 + (s * share + e) % half * 2 + 1 < tokens:
-                        out[0, (s * share + e) // half, t0 + (s * share + e) % half * 2 + 1] = high[e]
-                elif t0 + s * share + e - M * half < tokens:
-                    out[0, M, t0 + s * share + e - M * half] = low[e]
+                T.atomic_store(words[total(g, use, w)], both(low[e], high[e], use), memory_order="relaxed")
+                low[e] = first(both(low[e], high[e], use))  # what the others read
+                t = t0 + T.if_then_else(w < M * half, w % half * 2, w - M * half)
+                if t < tokens:
+                    out[0, T.min(w // half, M), t] = low[e]
+                if T.And(w < M * half, t + 1 < tokens):
+                    out[0, w // half, t + 1] = high[e]
 
     @T.macro
     def ask_totals(words, g, use, word):

@@ -22,7 +22,7 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, tag
+from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 from tl_kernels.streams_grad import DX
@@ -72,7 +72,7 @@ def build(p, cfg):
         return epoch + T.cast(tile + 2 * ring, "uint32")
 
     def place(s, use, q, t):
-        return ((s * ring + T.cast(use % ring, "int32")) * words + q) * bt + t
+        return (place_of(s, use, ring) * words + q) * bt + t
 
     def row(q, half):
         """The q-th word of a token that a thread adds up; past the last piece its last again, which does not count."""
@@ -256,7 +256,7 @@ def build(p, cfg):
                         T.clear(both)
                         for q in T.unroll(share * n):
                             for half, t in T.Parallel(2, bt):
-                                value = T.reinterpret(T.bitwise_and(word[q, half, t], T.uint32(0xFFFFFFFE)), ACC)
+                                value = value_of(word[q, half, t])
                                 both[q % n, half, t] += T.if_then_else(half * share + q // n < pieces, value, 0.0)
                         for j, half, t in T.Parallel(n, 2, bt):
                             sum_s[half, j, t] = both[j, half, t]
@@ -329,7 +329,7 @@ def build(p, cfg):
                                 for w in T.unroll(lanes // 32):
                                     value += part_s[u // beside, j, u % beside * (lanes // 32) + w]
                                 use = number(epoch, i)
-                                bits = T.bitwise_or(T.bitwise_and(T.reinterpret(value, "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring))
+                                bits = tagged(value, use, ring)
                                 e = first + u
                                 T.atomic_store(scratch[place(s, use, e % pieces * n + j, e // pieces)], bits, memory_order="relaxed")
             else:

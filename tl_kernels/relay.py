@@ -9,7 +9,7 @@ k - d - e, for which its peers had read every partial sum of that tile.
 
 import tilelang.language as T
 
-from tl_kernels.meeting import ROLE, scratch_size, tag
+from tl_kernels.meeting import ROLE, place_of, scratch_size, tag, tagged, untagged, value_of
 from tl_kernels.mma import ACC
 from tl_kernels.spec import ceildiv
 
@@ -38,16 +38,13 @@ def relay(G, groups, bt, values, every, ring):
     columns, run = ROLE // lanes, ceildiv(G, lanes)
     totals = scratch_size(G, groups, bt, values, ring)
 
-    def place(g, use):
-        return g * ring + T.cast(use % ring, "int32")
-
     def partial(g, use, r, s, v):
         """Of the v-th value of block s as block r published it; any word where there is none, so that a load has no condition."""
-        return (place(g, use) * G + T.min(r, G - 1)) * width + T.min(s * share + v, width - 1)
+        return (place_of(g, use, ring) * G + T.min(r, G - 1)) * width + T.min(s * share + v, width - 1)
 
     def total(g, use, e):
         at = T.min(e, few - 1)
-        return totals + place(g, use) * width + at + T.if_then_else(at < few - bt, 0, (values - every) * bt)
+        return totals + place_of(g, use, ring) * width + at + T.if_then_else(at < few - bt, 0, (values - every) * bt)
 
     def there(s, v):
         """Whether block s has a v-th value: the last shares may stick out."""
@@ -78,7 +75,7 @@ def relay(G, groups, bt, values, every, ring):
         for q in T.unroll(run):
             for lane, v in T.Parallel(lanes, columns):
                 if lane * run + q < G:
-                    some[lane, v] += T.reinterpret(T.bitwise_and(words[q, lane, v], T.uint32(0xFFFFFFFE)), ACC)
+                    some[lane, v] += value_of(words[q, lane, v])
         for lane, v in T.Parallel(lanes, columns):
             some_s[lane, v] = some[lane, v]
         T.sync_threads(SHARE, ROLE)
@@ -88,12 +85,12 @@ def relay(G, groups, bt, values, every, ring):
                 some[lane, v] += some_s[other, v]
         for lane, v in T.Parallel(lanes, columns):
             if T.And(there(s, v), lane == 0):
-                word = T.bitwise_or(T.bitwise_and(T.reinterpret(some[lane, v], "uint32"), T.uint32(0xFFFFFFFE)), tag(use, ring))
-                T.atomic_store(scratch[totals + place(g, use) * width + s * share + v], word, memory_order="relaxed")
+                word = tagged(some[lane, v], use, ring)
+                T.atomic_store(scratch[totals + place_of(g, use, ring) * width + s * share + v], word, memory_order="relaxed")
         for lane, v in T.Parallel(lanes, columns):
             at = s * share + v
             if T.And(T.And(there(s, v), lane == 0), t0 + at % bt < tokens):
-                whole = T.bitwise_and(T.reinterpret(some[lane, v], "uint32"), T.uint32(0xFFFFFFFE))  # what the others read
+                whole = untagged(T.reinterpret(some[lane, v], "uint32"))  # what the others read
                 out[0, at // bt, t0 + at % bt] = T.reinterpret(whole, ACC)
 
     @T.macro
@@ -108,7 +105,7 @@ def relay(G, groups, bt, values, every, ring):
                 word[e] = T.atomic_load(scratch[total(g, use, e)], memory_order="relaxed")
         for e in T.Parallel(read):
             if e < few:
-                total_s[at, e] = T.reinterpret(T.bitwise_and(word[e], T.uint32(0xFFFFFFFE)), ACC)
+                total_s[at, e] = value_of(word[e])
 
     return read, (run, lanes, columns), ask, add_share, ask_totals, read_totals
 

@@ -115,6 +115,17 @@ def shared_bytes(p, cfg, mixes):
     return buffers_of(p, cfg) * bt * kb * p.itemsize + beside + 4 * sums
 
 
+def contradiction(cfg):
+    """Why knobs do not go together, whatever the problem, or None."""
+    if cfg["slack"] > cfg["levels"]:
+        return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
+    if cfg["word"] == 8 and cfg["levels"] == 1:
+        return "word=8, levels=1: wanted levels=2 for words of two sums"
+    if cfg["squares"] and cfg["block_T"] != SQUARES:
+        return f"squares=1, block_T={cfg['block_T']}: wanted {SQUARES} tokens, as many as the product has rows beside those of phi"
+    return None
+
+
 def invalid(p, cfg, mixes=True):
     """Why a configuration cannot work, or None. ``mixes``: see :func:`shared_bytes`."""
     bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
@@ -127,12 +138,8 @@ def invalid(p, cfg, mixes=True):
         return f"C={p.C}, block_C={bc}: {G} blocks to a group, wanted at most {MOST_BLOCKS}, which wait for each other"
     if cfg["groups"] > 1 and G * cfg["groups"] > 256:
         return f"groups={cfg['groups']}: {G * cfg['groups']} blocks, wanted about as many as there are multiprocessors"
-    if cfg["slack"] > cfg["levels"]:
-        return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
-    if cfg["word"] == 8 and cfg["levels"] == 1:
-        return "word=8, levels=1: wanted levels=2 for words of two sums"
-    if cfg["squares"] and bt != SQUARES:
-        return f"squares=1, block_T={bt}: wanted {SQUARES} tokens, as many as the product has rows beside those of phi"
+    if why := contradiction(cfg):
+        return why
     if cfg["levels"] == 2:
         if share_of(G, bt, p.M + 1) > ROLE:
             return f"levels=2, block_T={bt}, block_C={bc}: {G} blocks to a group, wanted so many that each adds up at most {ROLE} values"
@@ -201,20 +208,18 @@ _OTHERS = (
     (16, 128, 6, 256, 3, 1, 1, 1),
     (32, 128, 6, 256, 1, 2, 1, 0),
 )
-#: ``word``, ``widen``, ``squares``.
-_FORMS = ((8, 2, 1), (8, 2, 0), (4, 2, 1), (4, 2, 0), (8, 3, 0))
-
-
-def _seeds():
-    for form in _FORMS:
-        for best in _BEST:
-            yield dict(zip(SPACE, (*best, *form), strict=True))
-    for config in _BEST + _OTHERS:
-        yield dict(zip(SPACE, (*config, 4, 3, 0), strict=True))
-
-
+#: ``word``, ``widen`` and ``squares``, and what is tried with them.
+_FORMS = (
+    ((8, 2, 1), _BEST),
+    ((8, 2, 0), _BEST),
+    ((4, 2, 1), _BEST),
+    ((4, 2, 0), _BEST),
+    ((8, 3, 0), _BEST),
+    ((4, 3, 0), _BEST + _OTHERS),
+)
+_ALL = [dict(zip(SPACE, (*config, *form), strict=True)) for form, configs in _FORMS for config in configs]
 #: What a search begins with.
-SEEDS = tuple(s for s in _seeds() if (s["word"] == 4 or s["levels"] == 2) and (not s["squares"] or s["block_T"] == SQUARES))
+SEEDS = tuple(cfg for cfg in _ALL if contradiction(cfg) is None)
 
 
 def space(p):

@@ -65,11 +65,12 @@ def test_tf32_path_compiles(name, dtype):
 
 
 @nvcc
-@pytest.mark.parametrize(("block_T", "registers"), [(16, (168, 88)), (32, (184, 72))])
-def test_the_product_reads_phi_from_registers(block_T, registers):
+@pytest.mark.parametrize(("block_T", "squares", "registers"), [(16, 0, (168, 88)), (16, 1, (168, 88)), (32, 0, (184, 72))])
+def test_the_product_reads_phi_from_registers(block_T, squares, registers):
     kernel = KERNELS["project_pre"]
     p = kernel.problem(4, 2560)
-    seed = next(s for s in kernel.seeds if (s["threads"], s["block_T"]) == (256, block_T) and kernel.invalid(p, s) is None)
+    fits = (s for s in kernel.seeds if kernel.invalid(p, s) is None and (s["word"], s["widen"]) == ((8, 2) if squares else (4, 3)))
+    seed = next(s for s in fits if (s["threads"], s["block_T"], s["squares"]) == (256, block_T, squares))
     source = compile_kernel(kernel, p, dict(seed), "sm_90a").get_kernel_source()
     assert "wgmma_rs" in source
     more, fewer = registers
