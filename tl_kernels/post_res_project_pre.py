@@ -11,7 +11,7 @@ from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC
 from tl_kernels.roles import roles
 from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
+from tl_kernels.whole import SEEDS, buffers_of, default, givers, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
 from tl_kernels.widen import widen
 
 
@@ -37,7 +37,6 @@ def build(p, cfg):
     def work(i, t0, tokens, c0, tiles, held, put_mean, home, outs):
         x_s, f_s, post_s, res_s = tiles
         x_f, f_f, y_f, stored, square, mean = held
-        (y,) = outs
         for h in T.serial(bt // part):
             t1 = h * part
             for j in T.unroll(n):
@@ -45,8 +44,7 @@ def build(p, cfg):
                     x_f[j, t, c] = x_s[i % buffers, t1 + t, j * bc + c]
             for t, c in T.Parallel(part, bc):
                 f_f[t, c] = f_s[i % staged, t1 + t, c]
-            if not cfg["squares"]:
-                T.clear(square)
+            T.clear(square)
             for q in T.unroll(n):
                 for t, c in T.Parallel(part, bc):
                     y_f[t, c] = post_s[i % staged, t1 + t, q] * f_f[t, c]
@@ -58,16 +56,15 @@ def build(p, cfg):
                     stored[t, c] = y_f[t, c]
                 for t, c in T.Parallel(part, bc):
                     x_s[i % buffers, t1 + t, q * bc + c] = stored[t, c]
-                for t, c in T.Parallel(part, bc):
-                    if t0 + t1 + t < tokens and c0 + c < C:
-                        y[t0 + t1 + t, q, c0 + c] = stored[t, c]
-                if not cfg["squares"]:
+                if len(outs) > 0:
                     for t, c in T.Parallel(part, bc):
-                        square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
-            if not cfg["squares"]:
-                T.reduce_sum(square, mean, dim=1)
-                for t in T.Parallel(part):
-                    put_mean(home, i, t1 + t, mean[t] / K)
+                        if t0 + t1 + t < tokens and c0 + c < C:
+                            outs[0][t0 + t1 + t, q, c0 + c] = stored[t, c]
+                for t, c in T.Parallel(part, bc):
+                    square[t, c] += T.cast(stored[t, c], ACC) * T.cast(stored[t, c], ACC)
+            T.reduce_sum(square, mean, dim=1)
+            for t in T.Parallel(part):
+                put_mean(home, i, t1 + t, mean[t] / K)
         T.fence_proxy_async()
 
     run = roles(p, cfg, load, work, raw=False)
@@ -86,7 +83,7 @@ def build(p, cfg):
         parts: T.Tensor((1, M + 1, T_), ACC),
         scratch: T.Tensor((scratch_of(p, cfg),), "uint32"),
     ):
-        with T.Kernel(group_of(p, cfg), groups, threads=threads + 2 * ROLE) as (s, g):
+        with T.Kernel(group_of(p, cfg), groups, threads=threads + givers(cfg) + 2 * ROLE) as (s, g):
             T.import_source(widen(cfg))
             tx = T.get_thread_binding()
             x_s = T.alloc_shared((buffers, bt, n * bc), dtype)

@@ -12,7 +12,7 @@ from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC
 from tl_kernels.roles import roles
 from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.whole import SEEDS, buffers_of, default, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
+from tl_kernels.whole import SEEDS, buffers_of, default, givers, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
 from tl_kernels.widen import widen
 
 
@@ -32,17 +32,16 @@ def build(p, cfg):
     def work(i, t0, tokens, c0, tiles, held, put_mean, home, outs):
         (x_s,) = tiles
         x_f, square, mean = held
-        if not cfg["squares"]:
-            T.clear(square)
-            for h in T.unroll(bt // part):
-                for j in T.unroll(n):
-                    for t, c in T.Parallel(part, bc):
-                        x_f[t, c] = x_s[i % buffers, h * part + t, j * bc + c]
-                    for t, c in T.Parallel(part, bc):
-                        square[h, t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
-            T.reduce_sum(square, mean, dim=2)  # of all parts at once, so that their shuffles overlap
-            for h, t in T.Parallel(bt // part, part):
-                put_mean(home, i, h * part + t, mean[h, t] / K)
+        T.clear(square)
+        for h in T.unroll(bt // part):
+            for j in T.unroll(n):
+                for t, c in T.Parallel(part, bc):
+                    x_f[t, c] = x_s[i % buffers, h * part + t, j * bc + c]
+                for t, c in T.Parallel(part, bc):
+                    square[h, t, c] += T.cast(x_f[t, c], ACC) * T.cast(x_f[t, c], ACC)
+        T.reduce_sum(square, mean, dim=2)  # of all parts at once, so that their shuffles overlap
+        for h, t in T.Parallel(bt // part, part):
+            put_mean(home, i, h * part + t, mean[h, t] / K)
 
     run = roles(p, cfg, load, work, raw=True)
 
@@ -56,7 +55,7 @@ def build(p, cfg):
         parts: T.Tensor((1, M + 1, T_), ACC),
         scratch: T.Tensor((scratch_of(p, cfg),), "uint32"),
     ):
-        with T.Kernel(group_of(p, cfg), groups, threads=threads + 2 * ROLE) as (s, g):
+        with T.Kernel(group_of(p, cfg), groups, threads=threads + givers(cfg) + 2 * ROLE) as (s, g):
             T.import_source(widen(cfg))
             tx = T.get_thread_binding()
             x_s = T.alloc_shared((buffers, bt, n * bc), dtype)

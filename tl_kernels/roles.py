@@ -2,11 +2,15 @@
 held by all.
 
     main     makes u of tile i - lag, asks for a tile, in this order or (``early`` 1) the other, works on tile i when it has arrived
-    product  with ``early`` 2 asks for the tile in main's place; z of tile i - 1 for this slice of the channels, published; with ``squares``
-             the mean squares too, for which main then needs no instruction: the product of a tile with itself has them on its diagonal,
-             and 16 of wgmma's 64 rows are free beside phi's parts
+    product  with ``early`` 2 asks for the tile in main's place; z of tile i - 1 for this slice of the channels, published
     sums     asks for words of the group, two tiles after the main role or more; makes H_pre of the sums of an iteration before, while the
              words are on their way: a load cannot be under way across a barrier; then adds up, with two levels a share and the totals
+
+With ``roles`` 4 there is one more, and main only works on tile i:
+
+    give     stores what main made of tile i - lag and makes u of it, then asks for the tile in its place
+
+A store waits where memory is busy, and what main has to do next then waits too (results/notes.md, 2026-11-30).
 
 The roles begin every tile together. With barriers between two roles only, so that each goes on as soon as it can, five of six shapes were
 slower (results/notes.md, 2026-11-25): the lag that this order has is what makes up for a block that is late.
@@ -21,10 +25,10 @@ from tl_kernels.meeting import ROLE, leave_of, meeting
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pairs import pairs
 from tl_kernels.relay import relay
-from tl_kernels.whole import buffers_of, group_of, lag_of, part_of, read_after, registers_of, ring_of
+from tl_kernels.whole import buffers_of, givers, group_of, lag_of, part_of, read_after, registers_of, ring_of, takes_of
 
 #: Named barriers; 0 is T.sync_threads(), 4 that of relay.py.
-PHI, TOP, MAIN = 1, 2, 3
+PHI, TOP, MAIN, GIVE = 1, 2, 3, 5
 
 
 def operand_row(m, part):
@@ -47,12 +51,13 @@ def roles(p, cfg, load, work, raw):
     N, G, part, step, lag, buffers = padded(M, 32), group_of(p, cfg), part_of(p, cfg), groups * bt, lag_of(cfg), buffers_of(p, cfg)
     summed, totalled = read_after(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
-    registers, everyone = registers_of(p, cfg), threads + 2 * ROLE
+    registers, apart = registers_of(p, cfg), cfg["roles"] == 4
+    others = threads + givers(cfg)  # the first thread of the product
+    everyone = others + 2 * ROLE
+    takes = takes_of(p, cfg)
     ring, few, paired = ring_of(cfg), (n + 1) * bt, cfg["word"] == 8
     sizes = (G, groups, bt, M + 1, n + 1, ring)
     fed, copies = early == 2, n if raw else n + 3  # of a tile
-    squares, free = cfg["squares"], operand_row(N - 8, 0)  # from that row on there are none of phi
-    width = n * bc // 2 if squares else n * bc  # columns that the product takes at a time
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
     count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if paired:
@@ -73,11 +78,11 @@ def roles(p, cfg, load, work, raw):
                 x_s[spare + (M + m) // bt, (M + m) % bt, j * bc + c] = low(value, dtype)
 
     @T.macro
-    def fill(k0, x_s, phi_f):
-        for r, k in T.Parallel(2 * N, width):
+    def fill(x_s, phi_f):
+        for r, k in T.Parallel(2 * N, n * bc):
             # rows beyond phi's give sums that nobody reads
             at = T.min(r // 16 * 8 + r % 8, M - 1) + T.if_then_else(r % 16 < 8, 0, M)
-            phi_f[r, k] = x_s[spare + at // bt, at % bt, k0 + k]
+            phi_f[r, k] = x_s[spare + at // bt, at % bt, k]
 
     @T.macro
     def take(z_NT, z, step, first):
@@ -96,24 +101,8 @@ def roles(p, cfg, load, work, raw):
             publish(scratch, g, s, number(epoch, i), M * bt + t, value)
 
     @T.macro
-    def add_rows(i, k0, x_s, phi_f):
-        """The tile's own rows below those of phi. One warp has them all."""
-        for r, k in T.Parallel(2 * N, width):
-            if r >= free:
-                phi_f[r, k] = x_s[i % buffers, r - free, k0 + k]
-
-    @T.macro
-    def multiply(i, s, g, epoch, scratch, phis, x_s, z_NT):
-        phi_f, phi_rest = phis
-        if squares:
-            # half of the columns are read while the others are multiplied
-            add_rows(i, 0, x_s, phi_f)
-            T.wgmma_gemm(phi_f, x_s[i % buffers, :, 0:width], z_NT, transpose_B=True, clear_accum=True)
-            add_rows(i, width, x_s, phi_rest)
-            T.wgmma_gemm(phi_rest, x_s[i % buffers, :, width : 2 * width], z_NT, transpose_B=True)
-            T.wait_wgmma(0)
-        else:
-            T.gemm(phi_f, x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
+    def multiply(i, s, g, epoch, scratch, phi_f, x_s, z_NT):
+        T.gemm(phi_f, x_s[i % buffers, :, :], z_NT, transpose_B=True, clear_accum=True)
         if paired:
             even = T.alloc_fragment((N, bt // 2), ACC)
             odd = T.alloc_fragment((N, bt // 2), ACC)
@@ -126,10 +115,6 @@ def roles(p, cfg, load, work, raw):
             for m, t in T.Parallel(N, bt):
                 if m < M:
                     publish(scratch, g, s, number(epoch, i), m * bt + t, z[m, t])
-        if squares:
-            for r, t in T.Parallel(2 * N, bt):
-                if r == free + t:
-                    put_mean((scratch, g, s, epoch), i, t, z_NT[r, t] / K)
 
     @T.macro
     def put_pre(i, tile, total_s, pre_s, affine):
@@ -174,17 +159,21 @@ def roles(p, cfg, load, work, raw):
     sums = add_all if levels == 1 else add_in_steps
 
     @T.macro
-    def give_u(i, t0, tokens, c0, x_s, pre_s, x_f, u_f, u):
-        """u of tile i, which begins at t0."""
-        for h in T.serial(bt // part):
-            t2 = h * part
+    def give_u(i, t0, tokens, c0, x_s, pre_s, x_f, u_f, u, made):
+        """u of tile i, which begins at t0; ``made``: a tensor that main's streams are stored in, or nothing."""
+        for h in T.serial(bt // takes):
+            t2 = h * takes
             T.clear(u_f)
             for j in T.unroll(n):
-                for t, c in T.Parallel(part, bc):
+                for t, c in T.Parallel(takes, bc):
                     x_f[t, c] = x_s[i % buffers, t2 + t, j * bc + c]
-                for t, c in T.Parallel(part, bc):
+                if len(made) > 0:
+                    for t, c in T.Parallel(takes, bc):
+                        if t0 + t2 + t < tokens and c0 + c < C:
+                            made[0][t0 + t2 + t, j, c0 + c] = x_f[t, c]
+                for t, c in T.Parallel(takes, bc):
                     u_f[t, c] += pre_s[i % 2, t2 + t, j] * x_f[t, c]
-            for t, c in T.Parallel(part, bc):
+            for t, c in T.Parallel(takes, bc):
                 if t0 + t2 + t < tokens and c0 + c < C:
                     u[t0 + t2 + t, c0 + c] = u_f[t, c]
 
@@ -198,12 +187,25 @@ def roles(p, cfg, load, work, raw):
                 T.ptx_commit_group()
 
     @T.macro
+    def give(i, mine, g, tokens, c0, tensors, tiles, pre_s, u, made):
+        x_f = T.alloc_fragment((takes, bc), dtype)
+        u_f = T.alloc_fragment((takes, bc), ACC)
+        if i >= lag:
+            give_u(i - lag, ((i - lag) * groups + g) * bt, tokens, c0, tiles[0], pre_s, x_f, u_f, u, made)
+            T.sync_threads(GIVE, givers(cfg))
+        go_on(i + ahead, mine, ((i + ahead) * groups + g) * bt, c0, tensors, tiles)
+
+    @T.macro
+    def set_registers(role):
+        if registers is not None:
+            T.set_max_nreg(*registers[role])
+
+    @T.macro
     def run_roles(block, tokens, tensors, weights, outs, scratch, tiles, held, x_f, u_f):
         tx, s, g, c0 = block
         phi, alpha, b = weights
         x_s, u, parts = tiles[0], outs[0], outs[1]
-        phi_f = T.alloc_fragment((2 * N, width), dtype)
-        phi_rest = T.alloc_fragment((2 * N, width), dtype) if squares else None
+        phi_f = T.alloc_fragment((2 * N, n * bc), dtype)
         z_NT = T.alloc_fragment((2 * N, bt), ACC)
         at = T.alloc_fragment((count,), "int32")
         until = T.alloc_fragment((count,), "int32")
@@ -218,48 +220,59 @@ def roles(p, cfg, load, work, raw):
         words = T.view(scratch, (scratch.shape[0] // 2,), "uint64") if paired else scratch
         mine = T.max(T.ceildiv(T.ceildiv(tokens, bt) - g, groups), 0)
 
-        if tx >= threads:
+        if tx >= others:
             T.sync_threads(TOP, everyone)
             stage(c0, phi, x_s)
             T.sync_threads(PHI, 2 * ROLE)
         if tx < threads:
-            for i in T.unroll(ahead + fed):
-                go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
+            if apart:
+                set_registers(2)
+            else:
+                for i in T.unroll(ahead + fed):
+                    go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
             for i in T.serial(mine + lag):
                 t0 = (i * groups + g) * bt
                 T.sync_threads(TOP, everyone)
-                if early == 1:
-                    go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
-                if i >= lag:
-                    give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u)
-                if early == 0:
-                    go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
-                if not fed or i == 0:
-                    T.ptx_wait_group(0 if fed else ahead * copies)
-                    if raw:
-                        T.fence_proxy_async()
-                    else:
-                        T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
+                if not apart:
+                    if early == 1:
+                        go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
+                    if i >= lag:
+                        give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u, ())
+                    if early == 0:
+                        go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
+                    if not fed or i == 0:
+                        T.ptx_wait_group(0 if fed else ahead * copies)
+                        if raw:
+                            T.fence_proxy_async()
+                        else:
+                            T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
                 if i < mine:
-                    work(i, t0, tokens, c0, tiles, held, put_mean, (words, g, s, epoch), outs[2:])
-        elif tx < threads + ROLE:
-            if registers is not None:
-                T.set_max_nreg(registers[0], 1)
-            fill(0, x_s, phi_f)
-            if squares:
-                fill(width, x_s, phi_rest)
+                    work(i, t0, tokens, c0, tiles, held, put_mean, (words, g, s, epoch), () if apart else outs[2:])
+        elif apart and tx < others:
+            set_registers(3)
+            for i in T.unroll(ahead):
+                go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
+            T.ptx_wait_group((ahead - 1) * copies)
+            T.fence_proxy_async()
+            for i in T.serial(mine + lag):
+                T.sync_threads(TOP, everyone)
+                give(i, mine, g, tokens, c0, tensors, tiles, pre_s, u, outs[2:])
+                T.ptx_wait_group((ahead - 1) * copies)  # tile i + 1 is there when all begin it
+                T.fence_proxy_async()
+        elif tx < others + ROLE:
+            set_registers(0)
+            fill(x_s, phi_f)
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
                 if fed:
                     go_on(i + ahead, mine, ((i + ahead) * groups + g) * bt, c0, tensors, tiles)
                 if i < mine + 1:
-                    multiply(i - 1, s, g, epoch, words, (phi_f, phi_rest), x_s, z_NT)
+                    multiply(i - 1, s, g, epoch, words, phi_f, x_s, z_NT)
                 if fed:  # tile i + 1 is there when all begin it
                     T.ptx_wait_group((ahead - 1) * copies)
                     T.fence_proxy_async()
         else:
-            if registers is not None:
-                T.set_max_nreg(registers[1], 0)
+            set_registers(1)
             if levels == 1:
                 begin(s, tokens, at, until)
                 T.clear(total)

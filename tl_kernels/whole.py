@@ -20,8 +20,6 @@ from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 
 #: Blocks of a group wait for each other, so all of them must fit the GPU at once: a little less than the 78 multiprocessors of an H20.
 MOST_BLOCKS = 72
-#: Tokens of a tile whose squares the product can make: it has so many rows beside those of phi, up to four streams.
-SQUARES = 16
 
 
 def group_of(p, cfg):
@@ -32,6 +30,16 @@ def group_of(p, cfg):
 def part_of(p, cfg):
     """Tokens the main role works on at a time: 16 bytes of a stream a thread."""
     return cfg["threads"] * vector_width(p) // cfg["block_C"]
+
+
+def givers(cfg):
+    """Threads of the role that gives, where there is one: with main's they are three warpgroups."""
+    return 3 * ROLE - cfg["threads"] if cfg["roles"] == 4 else 0
+
+
+def takes_of(p, cfg):
+    """Tokens that u is made of at a time."""
+    return (givers(cfg) or cfg["threads"]) * vector_width(p) // cfg["block_C"]
 
 
 def read_after(cfg):
@@ -89,21 +97,27 @@ def phi_registers(p, cfg):
 
 
 def registers_of(p, cfg):
-    """Registers a thread of the product and of the sums, together twice what a thread begins with, or None where that is right for both.
+    """Registers a thread of the product, of the sums and with four roles of main and of give, each with whether that is more than it begins
+    with: together as many as those. None where what a thread begins with is right for all.
 
     The product takes what the sums can spare, so many that its multiplications follow each other: with fewer, nvcc makes each wait for the
     one before (C7512), four times as long. 32 tokens take eight accumulators more than 16, and room to overlap them.
     """
+    wide = cfg["block_T"] > 16
+    if cfg["roles"] == 4:
+        begin = 65536 // (5 * ROLE) // 8 * 8
+        counts = ((184, 56, 88, 64) if wide else (168, 64, 88, 72)) if cfg["threads"] > ROLE else (184, 64, 88, 72) if wide else (168, 72, 96, 72)
+        return tuple((count, int(count > begin)) for count in counts)
     if phi_registers(p, cfg) <= 64:
         return None
-    wide = cfg["block_T"] > 16
-    return ((184, 72) if wide else (168, 88)) if cfg["threads"] > 128 else ((216, 120) if wide else None)
+    counts = ((184, 72) if wide else (168, 88)) if cfg["threads"] > 128 else ((216, 120) if wide else None)
+    return counts and ((counts[0], 1), (counts[1], 0))
 
 
 def most_words(p, cfg):
     """Words that a thread of the sums can hold."""
     registers = registers_of(p, cfg)
-    return min(90, registers[1] - 28) if registers else 90
+    return min(90, registers[1][0] - 28) if registers else 90
 
 
 def shared_bytes(p, cfg, mixes):
@@ -121,8 +135,8 @@ def contradiction(cfg):
         return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
     if cfg["word"] == 8 and cfg["levels"] == 1:
         return "word=8, levels=1: wanted levels=2 for words of two sums"
-    if cfg["squares"] and cfg["block_T"] != SQUARES:
-        return f"squares=1, block_T={cfg['block_T']}: wanted {SQUARES} tokens, as many as the product has rows beside those of phi"
+    if cfg["roles"] == 4 and (cfg["levels"] == 1 or cfg["early"]):
+        return f"roles=4, levels={cfg['levels']}, early={cfg['early']}: wanted levels=2, early=0"
     return None
 
 
@@ -134,6 +148,8 @@ def invalid(p, cfg, mixes=True):
         return f"block_T={bt}, block_C={bc}: wanted 16, 32 or 64 tokens and 64, 128 or 256 channels"
     if threads % 128 or bt % max(1, part):
         return f"threads={threads}: wanted a multiple of 128 that works on a divisor of block_T={bt} tokens at a time, not {part}"
+    if bt % max(1, takes_of(p, cfg)):
+        return f"roles=4, threads={threads}: u would be made of {takes_of(p, cfg)} tokens at a time, wanted a divisor of block_T={bt}"
     if G > MOST_BLOCKS:
         return f"C={p.C}, block_C={bc}: {G} blocks to a group, wanted at most {MOST_BLOCKS}, which wait for each other"
     if cfg["groups"] > 1 and G * cfg["groups"] > 256:
@@ -170,7 +186,7 @@ SPACE = {
     "early": (0, 1, 2),
     "word": (4, 8),
     "widen": (3, 2),
-    "squares": (0, 1),
+    "roles": (3, 4),
 }
 
 
@@ -180,7 +196,7 @@ def default(p):
     groups = max(1, 132 // ceildiv(p.C, bc))
     first = ((16, 256, 3, 2, 2),) if p.n > 2 else ()
     cfgs = [
-        dict(zip(SPACE, (bt, bc, groups, threads, ahead, levels, slack, 0, 4, 3, 0), strict=True))
+        dict(zip(SPACE, (bt, bc, groups, threads, ahead, levels, slack, 0, 4, 3, 3), strict=True))
         for bt, threads, ahead, levels, slack in (*first, (32, 256, 1, 1, 1), (16, 256, 3, 1, 1), (16, 256, 3, 2, 2), (16, 128, 1, 1, 1))
     ]
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
@@ -208,14 +224,14 @@ _OTHERS = (
     (16, 128, 6, 256, 3, 1, 1, 1),
     (32, 128, 6, 256, 1, 2, 1, 0),
 )
-#: ``word``, ``widen`` and ``squares``, and what is tried with them.
+#: ``word``, ``widen`` and ``roles``, and what is tried with them.
 _FORMS = (
-    ((8, 2, 1), _BEST),
-    ((8, 2, 0), _BEST),
-    ((4, 2, 1), _BEST),
-    ((4, 2, 0), _BEST),
-    ((8, 3, 0), _BEST),
-    ((4, 3, 0), _BEST + _OTHERS),
+    ((8, 2, 4), _BEST),
+    ((8, 2, 3), _BEST),
+    ((4, 2, 4), _BEST),
+    ((4, 2, 3), _BEST),
+    ((8, 3, 3), _BEST),
+    ((4, 3, 3), _BEST + _OTHERS),
 )
 _ALL = [dict(zip(SPACE, (*config, *form), strict=True)) for form, configs in _FORMS for config in configs]
 #: What a search begins with.

@@ -19,7 +19,7 @@ PIECES = ["project_parts", "coefficients", "pre", "post_res_project", "coefficie
 APART = [*PIECES[:3], "post_res", "project_parts", "coefficients", "pre", "post_res"]
 SHORTCUTS = ["project_pre", "coefficients", "post_res_project_pre", "coefficients", "post_res"]
 SMALL = {"block_T": 16, "block_C": 64, "groups": 2, "threads": 128, "ahead": 1, "levels": 1, "slack": 0}
-SMALL |= {"early": 0, "word": 4, "widen": 3, "squares": 0}
+SMALL |= {"early": 0, "word": 4, "widen": 3, "roles": 3}
 
 
 def tuned(times, impl="reference", n=4, C=64):

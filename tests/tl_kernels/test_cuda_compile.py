@@ -15,7 +15,7 @@ import pytest
 from tl_kernels import KERNELS, NAMES, WHOLE
 from tl_kernels.launch import compile_kernel
 from tl_kernels.spec import SHARED_LIMIT
-from tl_kernels.whole import SPACE
+from tl_kernels.whole import SPACE, registers_of
 from tuner.fingerprint import fingerprint
 
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -65,16 +65,16 @@ def test_tf32_path_compiles(name, dtype):
 
 
 @nvcc
-@pytest.mark.parametrize(("block_T", "squares", "registers"), [(16, 0, (168, 88)), (16, 1, (168, 88)), (32, 0, (184, 72))])
-def test_the_product_reads_phi_from_registers(block_T, squares, registers):
+@pytest.mark.parametrize(("block_T", "roles"), [(16, 3), (32, 3), (16, 4), (32, 4)])
+def test_the_product_reads_phi_from_registers(block_T, roles):
     kernel = KERNELS["project_pre"]
     p = kernel.problem(4, 2560)
-    fits = (s for s in kernel.seeds if kernel.invalid(p, s) is None and (s["word"], s["widen"]) == ((8, 2) if squares else (4, 3)))
-    seed = next(s for s in fits if (s["threads"], s["block_T"], s["squares"]) == (256, block_T, squares))
+    fits = (s for s in kernel.seeds if kernel.invalid(p, s) is None)
+    seed = next(s for s in fits if (s["threads"], s["block_T"], s["roles"]) == (256, block_T, roles))
     source = compile_kernel(kernel, p, dict(seed), "sm_90a").get_kernel_source()
     assert "wgmma_rs" in source
-    more, fewer = registers
-    assert source.count(f"warpgroup_reg_alloc<{more}>") == source.count(f"warpgroup_reg_dealloc<{fewer}>") == 1
+    for count, more in registers_of(p, seed):
+        assert source.count(f"warpgroup_reg_{'alloc' if more else 'dealloc'}<{count}>") == 1
     found = fingerprint(kernel, p, dict(seed), "sm_90a")
     assert found.mma_waits == 1, "with too few registers nvcc makes every wgmma wait for the one before (C7512)"
     assert found.stack == 0, "registers that spill while phi is loaded cost 20 us"

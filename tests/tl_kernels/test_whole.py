@@ -13,10 +13,11 @@ from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile
-FORM = {"word": 4, "widen": 3, "squares": 0}
+FORM = {"word": 4, "widen": 3, "roles": 3}
 SMALL = {"block_T": 16, "block_C": 64, "groups": 1, "threads": 128, "ahead": 1, "levels": 1, "slack": 0, "early": 0, **FORM}
 RELAY = {"levels": 2, "groups": 2}
 PAIRS = {**RELAY, "word": 8}
+GIVE = {**PAIRS, "block_T": 32, "roles": 4}
 CPU = (
     (4, 64, {"groups": 2}),
     (4, 136, {}),
@@ -32,11 +33,12 @@ CPU = (
     (4, 264, PAIRS),
     (1, 136, {**PAIRS, "ahead": 2}),
     (3, 264, {**PAIRS, "block_T": 32, "slack": 1, "widen": 2}),
-    (4, 136, {"groups": 2, "squares": 1}),
-    (4, 264, {**PAIRS, "slack": 2, "ahead": 3, "early": 2, "squares": 1}),
-    (1, 136, {**RELAY, "squares": 1}),
+    (4, 264, GIVE),
+    (3, 392, {**GIVE, "block_T": 16, "block_C": 128, "slack": 2, "ahead": 3}),
+    (1, 136, {**RELAY, "block_T": 32, "slack": 1, "threads": 256, "roles": 4}),
 )
 WIDE = {**SMALL, "block_C": 128, "threads": 256}
+SIXTEEN = {"block_T": 16, "threads": 128, "ahead": 3}
 GPU = tuple((n, C, {**SMALL, "groups": 4}) for n in (1, 2, 3, 4) for C in (8, 200, 1288))
 GPU += (
     *((n, C, {**SMALL, **RELAY, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
@@ -60,12 +62,10 @@ GPU += (
     (4, 7168, {**WIDE, "groups": 2, "ahead": 1, "levels": 2, "slack": 2, "early": 2}),
     *((n, C, {**SMALL, **PAIRS, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
     *((4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "early": early, "word": 8, "widen": 2}) for early in (0, 2)),
-    *((n, C, {**SMALL, **PAIRS, "groups": 3, "squares": 1}) for n in (1, 2, 3, 4) for C in (264, 1288)),
-    *(
-        (4, C, {**WIDE, "groups": groups, "ahead": 3, "levels": 2, "slack": 2, "early": early, "word": 8, "widen": 2, "squares": 1})
-        for C, groups, early in ((2560, 6, 0), (2560, 6, 2), (4096, 4, 2), (7168, 2, 1))
-    ),
-    (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "slack": 1, "squares": 1}),
+    *((n, C, {**SMALL, **GIVE, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
+    *((4, C, {**WIDE, **GIVE, **SIXTEEN, "groups": g, "slack": slack}) for C, g in ((2560, 6), (4096, 4), (7168, 2)) for slack in (0, 1, 2)),
+    (4, 2560, {**WIDE, **GIVE, **SIXTEEN, "groups": 6, "threads": 256, "word": 4}),
+    *((n, 2560, {**WIDE, **GIVE, "groups": 6, "threads": threads, "ahead": ahead}) for n in (2, 4) for threads in (128, 256) for ahead in (1, 2)),
     (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "ahead": 2, "levels": 2, "word": 8, "widen": 2}),
     (4, 4096, {**WIDE, "groups": 4, "ahead": 3, "levels": 2, "slack": 2, "early": 2, "word": 8, "widen": 2}),
     (4, 7168, {**WIDE, "groups": 2, "ahead": 3, "levels": 2, "slack": 2, "early": 1, "word": 8, "widen": 2}),
@@ -81,7 +81,7 @@ CASES = [
     for name in WHOLE
     for n, C, cfg in (FEW if name == "project_pre" else CPU)
 ]
-NAMED = ("block_T", "threads", "ahead", "levels", "slack", "early", "word", "widen", "squares")
+NAMED = ("block_T", "threads", "ahead", "levels", "slack", "early", "word", "widen", "roles")
 CASES += [
     pytest.param(
         name,
@@ -105,25 +105,25 @@ def test_matches_the_reference(name, device, n, C, cfg):
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
 @pytest.mark.parametrize(
-    ("levels", "slack", "early", "word", "squares"),
+    ("levels", "slack", "early", "word", "roles"),
     [
-        (1, 0, 0, 4, 0),
-        (1, 1, 2, 4, 1),
-        (2, 0, 0, 4, 0),
-        (2, 1, 0, 4, 0),
-        (2, 2, 0, 4, 1),
-        (2, 2, 2, 4, 0),
-        (2, 0, 0, 8, 1),
-        (2, 2, 2, 8, 0),
+        (1, 0, 0, 4, 3),
+        (1, 1, 2, 4, 3),
+        (2, 0, 0, 4, 3),
+        (2, 1, 0, 4, 4),
+        (2, 2, 0, 4, 3),
+        (2, 2, 2, 4, 3),
+        (2, 0, 0, 8, 4),
+        (2, 2, 2, 8, 3),
     ],
 )
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
-def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, early, word, squares):
+def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, early, word, roles):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     kernel = KERNELS[name]
     p = kernel.problem(4, 136 if levels == 1 else 264)
-    knobs = {"levels": levels, "slack": slack, "early": early, "word": word, "squares": squares}
-    cfg = {**SMALL, **knobs, "block_C": 128 if levels == 1 else 64}
+    knobs = {"levels": levels, "slack": slack, "early": early, "word": word, "roles": roles}
+    cfg = {**SMALL, **knobs, "block_C": 128 if levels == 1 else 64, "block_T": 16 if roles == 3 else 32}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
@@ -132,10 +132,13 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, e
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("levels", "slack", "word"), [(1, 0, 4), (1, 1, 4), (2, 0, 4), (2, 1, 4), (2, 2, 4), (2, 0, 8), (2, 2, 8)])
+@pytest.mark.parametrize(
+    ("levels", "slack", "word", "roles"),
+    [(1, 0, 4, 3), (1, 1, 4, 3), *((2, slack, word, roles) for slack in (0, 1, 2) for word in (4, 8) for roles in (3, 4))],
+)
 @pytest.mark.parametrize("name", WHOLE)
-def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack, word):
-    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "groups": 6, "levels": levels, "slack": slack, "word": word})
+def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack, word, roles):
+    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "block_T": 32, "groups": 6, "levels": levels, "slack": slack, "word": word, "roles": roles})
     check_scratch(run, (1, 15, 16, 17, 95, 96, 97, 500))
 
 
@@ -159,7 +162,7 @@ def test_rules_of_a_configuration(name):
         ({"groups": 16}, "groups=16: 320 blocks"),
         ({"ahead": 6}, "bytes of shared memory"),
         ({"slack": 2}, "slack=2, levels=1: wanted at most one for each time that words are read"),
-        ({"squares": 1}, "squares=1, block_T=32: wanted 16 tokens"),
+        ({"roles": 4}, "roles=4, levels=1, early=0: wanted levels=2, early=0"),
         ({"word": 8}, "word=8, levels=1: wanted levels=2"),
         ({"block_C": 256}, "256 registers a thread for 1024 channels of phi, wanted at most 128"),
     ):
@@ -170,7 +173,7 @@ def test_rules_of_a_configuration(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize(("n", "C", "changes"), [(4, 2560, (PAIRS, {"early": 1, "ahead": 2})), (2, 520, ({**RELAY, "slack": 2},))])
+@pytest.mark.parametrize(("n", "C", "changes"), [(4, 2560, (PAIRS, GIVE, {"early": 1, "ahead": 2})), (2, 520, ({**RELAY, "slack": 2},))])
 def test_shared_memory_is_known_exactly(name, n, C, changes):
     kernel = KERNELS[name]
     p = kernel.problem(n, C)
