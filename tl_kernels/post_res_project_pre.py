@@ -11,7 +11,20 @@ from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC
 from tl_kernels.roles import roles
 from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.whole import SEEDS, buffers_of, default, givers, group_of, invalid, part_of, pass_configs, row_layouts, scratch_of, space, unserved
+from tl_kernels.whole import (
+    SEEDS,
+    buffers_of,
+    default,
+    givers,
+    group_of,
+    invalid,
+    part_of,
+    pass_configs,
+    row_layouts,
+    scratch_of,
+    space,
+    unserved,
+)
 from tl_kernels.widen import widen
 
 

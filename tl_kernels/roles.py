@@ -2,7 +2,7 @@
 held by all.
 
     main     makes u of tile i - lag, asks for a tile, in this order or (``early`` 1) the other, works on tile i when it has arrived
-    product  with ``early`` 2 asks for the tile in main's place; z of tile i - 1 for this slice of the channels, published
+    product  z of tile i - 1 for this slice of the channels, published
     sums     asks for words of the group, two tiles after the main role or more; makes H_pre of the sums of an iteration before, while the
              words are on their way: a load cannot be under way across a barrier; then adds up, with two levels a share and the totals
 
@@ -25,7 +25,7 @@ from tl_kernels.meeting import ROLE, leave_of, meeting
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pairs import pairs
 from tl_kernels.relay import relay
-from tl_kernels.whole import buffers_of, givers, group_of, lag_of, part_of, read_after, registers_of, ring_of, takes_of
+from tl_kernels.whole import buffers_of, givers, group_of, lag_of, read_after, registers_of, ring_of, takes_of
 
 #: Named barriers; 0 is T.sync_threads(), 4 that of relay.py.
 PHI, TOP, MAIN, GIVE = 1, 2, 3, 5
@@ -42,13 +42,13 @@ def roles(p, cfg, load, work, raw):
     ``load(i, t0, c0, tensors, tiles)`` asks for tile i, with a copy a stream and one for each tensor beside them, ``work(i, t0, tokens, c0,
     tiles, held, put_mean, home, outs)`` is what the main role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean
     squares included: macros of the kernel. ``raw``: whether the streams alone are loaded, and the product takes them as they arrived.
-    ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the others are ``work``'s. Of the streams a thread of the
-    main role asks for, works on and makes u of the same 16 bytes of every row, so that no barrier stands between these.
+    ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the others are ``work``'s, or ``give``'s. With three roles a
+    thread of main asks for, works on and makes u of the same 16 bytes of every row of the streams, so that no barrier stands between these.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = (cfg[k] for k in ("block_T", "block_C", "groups", "threads"))
     ahead, levels, early = (cfg[k] for k in ("ahead", "levels", "early"))
-    N, G, part, step, lag, buffers = padded(M, 32), group_of(p, cfg), part_of(p, cfg), groups * bt, lag_of(cfg), buffers_of(p, cfg)
+    N, G, step, lag, buffers = padded(M, 32), group_of(p, cfg), groups * bt, lag_of(cfg), buffers_of(p, cfg)
     summed, totalled = read_after(cfg)
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     registers, apart = registers_of(p, cfg), cfg["roles"] == 4
@@ -57,7 +57,7 @@ def roles(p, cfg, load, work, raw):
     takes = takes_of(p, cfg)
     ring, few, paired = ring_of(cfg), (n + 1) * bt, cfg["word"] == 8
     sizes = (G, groups, bt, M + 1, n + 1, ring)
-    fed, copies = early == 2, n if raw else n + 3  # of a tile
+    copies = n if raw else n + 3  # of a tile
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
     count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if paired:
@@ -228,7 +228,7 @@ def roles(p, cfg, load, work, raw):
             if apart:
                 set_registers(2)
             else:
-                for i in T.unroll(ahead + fed):
+                for i in T.unroll(ahead):
                     go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
             for i in T.serial(mine + lag):
                 t0 = (i * groups + g) * bt
@@ -240,12 +240,11 @@ def roles(p, cfg, load, work, raw):
                         give_u(i - lag, t0 - lag * step, tokens, c0, x_s, pre_s, x_f, u_f, u, ())
                     if early == 0:
                         go_on(i + ahead, mine, t0 + ahead * step, c0, tensors, tiles)
-                    if not fed or i == 0:
-                        T.ptx_wait_group(0 if fed else ahead * copies)
-                        if raw:
-                            T.fence_proxy_async()
-                        else:
-                            T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
+                    T.ptx_wait_group(ahead * copies)
+                    if raw:
+                        T.fence_proxy_async()
+                    else:
+                        T.sync_threads(MAIN, threads)  # all of it reads H_post and H_res
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, put_mean, (words, g, s, epoch), () if apart else outs[2:])
         elif apart and tx < others:
@@ -264,13 +263,8 @@ def roles(p, cfg, load, work, raw):
             fill(x_s, phi_f)
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
-                if fed:
-                    go_on(i + ahead, mine, ((i + ahead) * groups + g) * bt, c0, tensors, tiles)
                 if i < mine + 1:
                     multiply(i - 1, s, g, epoch, words, phi_f, x_s, z_NT)
-                if fed:  # tile i + 1 is there when all begin it
-                    T.ptx_wait_group((ahead - 1) * copies)
-                    T.fence_proxy_async()
         else:
             set_registers(1)
             if levels == 1:

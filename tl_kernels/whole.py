@@ -33,8 +33,8 @@ def part_of(p, cfg):
 
 
 def givers(cfg):
-    """Threads of the role that gives, where there is one: with main's they are three warpgroups."""
-    return 3 * ROLE - cfg["threads"] if cfg["roles"] == 4 else 0
+    """Threads of the role that gives, where there is one."""
+    return ROLE if cfg["roles"] == 4 else 0
 
 
 def takes_of(p, cfg):
@@ -105,8 +105,8 @@ def registers_of(p, cfg):
     """
     wide = cfg["block_T"] > 16
     if cfg["roles"] == 4:
-        begin = 65536 // (5 * ROLE) // 8 * 8
-        counts = ((184, 56, 88, 64) if wide else (168, 64, 88, 72)) if cfg["threads"] > ROLE else (184, 64, 88, 72) if wide else (168, 72, 96, 72)
+        begin = 96 if cfg["threads"] > ROLE else 128
+        counts = ((184, 56, 88, 64) if wide else (168, 64, 88, 72)) if begin == 96 else (200, 96, 112, 104)
         return tuple((count, int(count > begin)) for count in counts)
     if phi_registers(p, cfg) <= 64:
         return None
@@ -183,7 +183,7 @@ SPACE = {
     "ahead": (1, 2, 3),
     "levels": (1, 2),
     "slack": (0, 1, 2),
-    "early": (0, 1, 2),
+    "early": (0, 1),
     "word": (4, 8),
     "widen": (3, 2),
     "roles": (3, 4),
@@ -202,21 +202,25 @@ def default(p):
     return next((cfg for cfg in cfgs if invalid(p, cfg) is None), cfgs[-1])
 
 
-#: The best of each shape (results/h200/bench.md, results/h100/whole/designs.txt), up to ``early``.
+#: The best with a role that gives (results/h200/give.txt), whole.
+_GIVE = (
+    *((16, 128, groups, 256, 3, 2, 2, 0, 4 if groups == 2 else 8, 2, 4) for groups in (6, 4, 2, 8, 13)),
+    *((32, 128, groups, 256, 2, 2, 0, 0, 8, 2, 4) for groups in (6, 4, 2, 8, 13)),
+    (32, 128, 6, 256, 3, 2, 2, 0, 8, 2, 4),
+    (32, 128, 6, 128, 2, 2, 0, 0, 8, 2, 4),
+)
+#: And without one (results/h200/bench.md of 2026-11-29, results/h100/whole/designs.txt), up to ``early``.
 _BEST = (
-    (16, 128, 6, 256, 3, 2, 2, 0),
-    (16, 128, 6, 256, 3, 2, 2, 2),
     (32, 128, 6, 256, 2, 2, 0, 0),
-    (16, 128, 4, 256, 3, 2, 2, 2),
-    (16, 128, 4, 256, 3, 2, 2, 0),
     (32, 128, 4, 256, 1, 2, 1, 0),
-    (16, 128, 2, 256, 3, 2, 2, 1),
     (32, 128, 2, 256, 1, 2, 0, 1),
+    (16, 128, 6, 256, 3, 2, 2, 0),
+    (16, 128, 4, 256, 3, 2, 2, 0),
+    (16, 128, 2, 256, 3, 2, 2, 1),
     (32, 256, 13, 256, 1, 1, 1, 1),
     (32, 128, 6, 256, 1, 1, 1, 1),
 )
 _OTHERS = (
-    (16, 128, 2, 256, 3, 2, 2, 2),
     (16, 128, 4, 128, 3, 2, 2, 0),
     (32, 128, 2, 256, 1, 2, 1, 0),
     (16, 128, 4, 256, 3, 1, 1, 1),
@@ -224,18 +228,9 @@ _OTHERS = (
     (16, 128, 6, 256, 3, 1, 1, 1),
     (32, 128, 6, 256, 1, 2, 1, 0),
 )
-#: ``word``, ``widen`` and ``roles``, and what is tried with them.
-_FORMS = (
-    ((8, 2, 4), _BEST),
-    ((8, 2, 3), _BEST),
-    ((4, 2, 4), _BEST),
-    ((4, 2, 3), _BEST),
-    ((8, 3, 3), _BEST),
-    ((4, 3, 3), _BEST + _OTHERS),
-)
-_ALL = [dict(zip(SPACE, (*config, *form), strict=True)) for form, configs in _FORMS for config in configs]
+_ALL = (*_GIVE, *((*config, 8, 3, 3) for config in _BEST[:3]), *((*config, 4, 3, 3) for config in _BEST + _OTHERS))
 #: What a search begins with.
-SEEDS = tuple(cfg for cfg in _ALL if contradiction(cfg) is None)
+SEEDS = tuple(dict(zip(SPACE, config, strict=True)) for config in _ALL)
 
 
 def space(p):

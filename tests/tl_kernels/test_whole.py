@@ -28,8 +28,6 @@ CPU = (
     (4, 264, {**RELAY, "slack": 1, "ahead": 3}),
     (4, 136, {"groups": 2, "slack": 1, "early": 1}),
     (4, 264, {**RELAY, "slack": 2, "ahead": 2}),
-    (4, 136, {"groups": 2, "slack": 1, "early": 2}),
-    (4, 264, {**RELAY, "slack": 2, "ahead": 3, "early": 2}),
     (4, 264, PAIRS),
     (1, 136, {**PAIRS, "ahead": 2}),
     (3, 264, {**PAIRS, "block_T": 32, "slack": 1, "widen": 2}),
@@ -57,17 +55,22 @@ GPU += (
     (4, 7168, {**WIDE, "groups": 2, "threads": 128, "ahead": 3, "levels": 2, "slack": 1}),
     (4, 7168, {**WIDE, "groups": 2, "ahead": 3, "levels": 2, "slack": 2, "early": 1}),
     (4, 7168, {**WIDE, "block_T": 32, "groups": 2, "levels": 2, "slack": 1}),
-    (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "early": 2}),
-    (2, 2560, {**WIDE, "block_T": 32, "groups": 6, "slack": 1, "early": 2}),
-    (4, 7168, {**WIDE, "groups": 2, "ahead": 1, "levels": 2, "slack": 2, "early": 2}),
     *((n, C, {**SMALL, **PAIRS, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
-    *((4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "early": early, "word": 8, "widen": 2}) for early in (0, 2)),
+    (4, 2560, {**WIDE, "groups": 6, "ahead": 3, "levels": 2, "slack": 2, "word": 8, "widen": 2}),
     *((n, C, {**SMALL, **GIVE, "groups": 3}) for n in (1, 2, 3, 4) for C in (264, 1288)),
-    *((4, C, {**WIDE, **GIVE, **SIXTEEN, "groups": g, "slack": slack}) for C, g in ((2560, 6), (4096, 4), (7168, 2)) for slack in (0, 1, 2)),
+    *(
+        (4, C, {**WIDE, **GIVE, **SIXTEEN, "groups": g, "slack": slack})
+        for C, g in ((2560, 6), (4096, 4), (7168, 2))
+        for slack in (0, 1, 2)
+    ),
     (4, 2560, {**WIDE, **GIVE, **SIXTEEN, "groups": 6, "threads": 256, "word": 4}),
-    *((n, 2560, {**WIDE, **GIVE, "groups": 6, "threads": threads, "ahead": ahead}) for n in (2, 4) for threads in (128, 256) for ahead in (1, 2)),
+    *(
+        (n, 2560, {**WIDE, **GIVE, "groups": 6, "threads": threads, "ahead": ahead})
+        for n in (2, 4)
+        for threads in (128, 256)
+        for ahead in (1, 2)
+    ),
     (4, 2560, {**WIDE, "block_T": 32, "groups": 6, "ahead": 2, "levels": 2, "word": 8, "widen": 2}),
-    (4, 4096, {**WIDE, "groups": 4, "ahead": 3, "levels": 2, "slack": 2, "early": 2, "word": 8, "widen": 2}),
     (4, 7168, {**WIDE, "groups": 2, "ahead": 3, "levels": 2, "slack": 2, "early": 1, "word": 8, "widen": 2}),
     (4, 7168, {**WIDE, "block_T": 32, "groups": 2, "levels": 2, "early": 1, "word": 8, "widen": 2}),
     (2, 2560, {**WIDE, "block_T": 32, "block_C": 256, "groups": 13, "slack": 1, "early": 1, "widen": 2}),
@@ -75,7 +78,7 @@ GPU += (
     (4, 4096, None),
     (3, 1280, None),
 )
-FEW = (CPU[1], CPU[3], CPU[6], CPU[10], CPU[13], CPU[15])  # the two programs share all but the main role
+FEW = (CPU[1], CPU[3], CPU[6], CPU[9], CPU[12], CPU[13])  # the two programs share all but the main role
 CASES = [
     pytest.param(name, "cpu", n, C, {**SMALL, **cfg}, id=f"{name}-cpu-n{n}-C{C}")
     for name in WHOLE
@@ -108,13 +111,14 @@ def test_matches_the_reference(name, device, n, C, cfg):
     ("levels", "slack", "early", "word", "roles"),
     [
         (1, 0, 0, 4, 3),
-        (1, 1, 2, 4, 3),
+        (1, 1, 1, 4, 3),
         (2, 0, 0, 4, 3),
         (2, 1, 0, 4, 4),
         (2, 2, 0, 4, 3),
-        (2, 2, 2, 4, 3),
+        (2, 2, 1, 4, 3),
         (2, 0, 0, 8, 4),
-        (2, 2, 2, 8, 3),
+        (2, 2, 1, 8, 3),
+        (2, 2, 0, 8, 4),
     ],
 )
 @pytest.mark.parametrize(("name", "order"), [("post_res_project_pre", 1), ("post_res_project_pre", 2)])
@@ -123,7 +127,7 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, e
     kernel = KERNELS[name]
     p = kernel.problem(4, 136 if levels == 1 else 264)
     knobs = {"levels": levels, "slack": slack, "early": early, "word": word, "roles": roles}
-    cfg = {**SMALL, **knobs, "block_C": 128 if levels == 1 else 64, "block_T": 16 if roles == 3 else 32}
+    cfg = {**SMALL, **knobs, "block_C": 128 if levels == 1 else 64}
     run = Launcher(kernel, p, cfg, "cpu")
     run._call = compile_cpu(kernel.build(p, cfg), order=order)
     inputs = make_inputs(kernel, p, 50, 0)
@@ -138,7 +142,9 @@ def test_roles_in_every_order_their_barriers_allow(name, order, levels, slack, e
 )
 @pytest.mark.parametrize("name", WHOLE)
 def test_many_launches_of_many_lengths_with_one_scratch(name, levels, slack, word, roles):
-    run = launcher(name, "cuda", 4, 1280, cfg={**SMALL, "block_T": 32, "groups": 6, "levels": levels, "slack": slack, "word": word, "roles": roles})
+    run = launcher(
+        name, "cuda", 4, 1280, cfg={**SMALL, "block_T": 32, "groups": 6, "levels": levels, "slack": slack, "word": word, "roles": roles}
+    )
     check_scratch(run, (1, 15, 16, 17, 95, 96, 97, 500))
 
 
