@@ -3,8 +3,8 @@
 A token's row and its share of phi do not fit one block, so a group of ``ceildiv(C, block_C)`` blocks shares every tile of tokens, a slice
 of the channels and of phi each, and meets in global memory (tl_kernels/meeting.py): with ``levels: 2`` in two steps (tl_kernels/relay.py),
 with ``word: 8`` also in words of two sums (tl_kernels/pairs.py).
-The warps of a block have roles, each at another tile (tl_kernels/roles.py): ``ahead`` tiles are on their way while one is worked on, and
-those whose H_pre is not known yet wait on chip.
+The warps of a block have three or four ``roles``, each at another tile (tl_kernels/roles.py): ``ahead`` tiles are on their way while one is
+worked on, and those whose H_pre is not known yet wait on chip.
 
 Words of the peers are asked for right after they were published, when a peer that is a little behind has not published them yet, and then
 again. With ``slack`` 1 they are asked for a tile later, with 2 the totals of ``levels: 2`` too, for room on chip.
