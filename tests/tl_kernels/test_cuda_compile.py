@@ -127,7 +127,7 @@ def places_of_threads(source, place, threads):
 @nvcc
 @pytest.mark.parametrize(
     ("name", "cfg"),
-    [("project_pre", (32, 128, 6, 256, 1, 2, 1, 0, 4, 3, 0)), ("post_res_project_pre", (16, 128, 6, 128, 3, 1, 1, 0, 4, 3, 0))],
+    [("project_pre", (32, 128, 6, 256, 1, 2, 1, 0, 4, 3, 3)), ("post_res_project_pre", (16, 128, 6, 128, 3, 1, 1, 0, 4, 3, 3))],
 )
 def test_a_thread_copies_what_it_reads(name, cfg):
     """Between a tile's last use, the copy of the next one into its place and the first use of that there is no barrier."""
