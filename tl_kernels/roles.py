@@ -42,8 +42,8 @@ def roles(p, cfg, load, work, raw):
     ``load(i, t0, c0, tensors, tiles)`` asks for tile i, with a copy a stream and one for each tensor beside them, ``work(i, t0, tokens, c0,
     tiles, held, put_mean, home, outs)`` is what the main role does with it when it has arrived, ``put_mean(home, i, t, value)`` of the mean
     squares included: macros of the kernel. ``raw``: whether the streams alone are loaded, and the product takes them as they arrived.
-    ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the others are ``work``'s, or ``give``'s. With three roles a
-    thread of main asks for, works on and makes u of the same 16 bytes of every row of the streams, so that no barrier stands between these.
+    ``tensors`` and ``tiles`` begin with the streams, ``outs`` with u and parts; the others are what ``work`` stores, or give. With three
+    roles a thread of main asks for, works on and makes u of the same 16 bytes of every row of the streams: no barrier stands between these.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
     bt, bc, groups, threads = (cfg[k] for k in ("block_T", "block_C", "groups", "threads"))

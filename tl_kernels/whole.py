@@ -148,8 +148,6 @@ def invalid(p, cfg, mixes=True):
         return f"block_T={bt}, block_C={bc}: wanted 16, 32 or 64 tokens and 64, 128 or 256 channels"
     if threads % 128 or bt % max(1, part):
         return f"threads={threads}: wanted a multiple of 128 that works on a divisor of block_T={bt} tokens at a time, not {part}"
-    if bt % max(1, takes_of(p, cfg)):
-        return f"roles=4, threads={threads}: u would be made of {takes_of(p, cfg)} tokens at a time, wanted a divisor of block_T={bt}"
     if G > MOST_BLOCKS:
         return f"C={p.C}, block_C={bc}: {G} blocks to a group, wanted at most {MOST_BLOCKS}, which wait for each other"
     if cfg["groups"] > 1 and G * cfg["groups"] > 256:
