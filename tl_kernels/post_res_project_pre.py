@@ -7,30 +7,16 @@ mixes tile i in place, stores y and sums its squares, and makes u of an earlier 
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC
 from tl_kernels.roles import roles
-from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.whole import (
-    SEEDS,
-    buffers_of,
-    default,
-    givers,
-    group_of,
-    invalid,
-    part_of,
-    pass_configs,
-    row_layouts,
-    scratch_of,
-    space,
-    unserved,
-)
+from tl_kernels.spec import Tensor
+from tl_kernels.whole import buffers_of, group_of, part_of, row_layouts, scratch_of, threads_of, whole_pass
 from tl_kernels.widen import widen
 
 
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
-    bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
+    bt, bc, groups = cfg["block_T"], cfg["block_C"], cfg["groups"]
     buffers, part = buffers_of(p, cfg), part_of(p, cfg)
     staged = cfg["ahead"] + 1
     row, rows = row_layouts(p, cfg, n)
@@ -96,7 +82,7 @@ def build(p, cfg):
         parts: T.Tensor((1, M + 1, T_), ACC),
         scratch: T.Tensor((scratch_of(p, cfg),), "uint32"),
     ):
-        with T.Kernel(group_of(p, cfg), groups, threads=threads + givers(cfg) + 2 * ROLE) as (s, g):
+        with T.Kernel(group_of(p, cfg), groups, threads=threads_of(cfg)) as (s, g):
             T.import_source(widen(cfg))
             tx = T.get_thread_binding()
             x_s = T.alloc_shared((buffers, bt, n * bc), dtype)
@@ -117,7 +103,8 @@ def build(p, cfg):
     return post_res_project_pre
 
 
-post_res_project_pre = Kernel(
+post_res_project_pre = whole_pass(
+    mixes=True,
     name="post_res_project_pre",
     build=build,
     inputs=(
@@ -130,21 +117,10 @@ post_res_project_pre = Kernel(
         Tensor("b", "M"),
     ),
     outputs=(Tensor("y", "T n C", "stream"), Tensor("u", "T C", "stream"), Tensor("parts", "1 Q T")),
-    space=space,
-    default=default,
-    invalid=invalid,
-    unserved=unserved,
-    least_arch=90,
-    shortcut=True,
-    scratch=scratch_of,
-    seeds=SEEDS,
     reference=reference.post_res_project_pre,
     # y may round either way where the exact value lies between two: parts and u answer to the y that was stored
     from_results={
         "u": lambda p, inputs, results: reference.project_pre(results["y"], *inputs[4:], **dict(p.options))[0],
         "parts": lambda p, inputs, results: reference.project_pre(results["y"], *inputs[4:], **dict(p.options))[1],
     },
-    options={"norm_eps": 1e-6, "pre_eps": 1e-6},
-    pass_configs=pass_configs,
-    gpu_only=("threads", "ahead", "groups", "early", "widen"),
 )

@@ -3,35 +3,19 @@
 How, see tl_kernels/whole.py: the main role sums the squares of tile i and makes u of an earlier one.
 """
 
-from functools import partial
-
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC
 from tl_kernels.roles import roles
-from tl_kernels.spec import Kernel, Tensor
-from tl_kernels.whole import (
-    SEEDS,
-    buffers_of,
-    default,
-    givers,
-    group_of,
-    invalid,
-    part_of,
-    pass_configs,
-    row_layouts,
-    scratch_of,
-    space,
-    unserved,
-)
+from tl_kernels.spec import Tensor
+from tl_kernels.whole import buffers_of, group_of, part_of, row_layouts, scratch_of, threads_of, whole_pass
 from tl_kernels.widen import widen
 
 
 def build(p, cfg):
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
-    bt, bc, groups, threads = cfg["block_T"], cfg["block_C"], cfg["groups"], cfg["threads"]
+    bt, bc, groups = cfg["block_T"], cfg["block_C"], cfg["groups"]
     buffers, part = buffers_of(p, cfg), part_of(p, cfg)
     row, parts_row = row_layouts(p, cfg, bt // part)
     T_ = T.dynamic("T")
@@ -68,7 +52,7 @@ def build(p, cfg):
         parts: T.Tensor((1, M + 1, T_), ACC),
         scratch: T.Tensor((scratch_of(p, cfg),), "uint32"),
     ):
-        with T.Kernel(group_of(p, cfg), groups, threads=threads + givers(cfg) + 2 * ROLE) as (s, g):
+        with T.Kernel(group_of(p, cfg), groups, threads=threads_of(cfg)) as (s, g):
             T.import_source(widen(cfg))
             tx = T.get_thread_binding()
             x_s = T.alloc_shared((buffers, bt, n * bc), dtype)
@@ -82,21 +66,11 @@ def build(p, cfg):
     return project_pre
 
 
-project_pre = Kernel(
+project_pre = whole_pass(
+    mixes=False,
     name="project_pre",
     build=build,
     inputs=(Tensor("x", "T n C", "stream"), Tensor("phi", "M K"), Tensor("alpha", "3"), Tensor("b", "M")),
     outputs=(Tensor("u", "T C", "stream"), Tensor("parts", "1 Q T")),
-    space=space,
-    default=default,
-    invalid=partial(invalid, mixes=False),
-    unserved=unserved,
-    least_arch=90,
-    shortcut=True,
-    scratch=scratch_of,
-    seeds=SEEDS,
     reference=reference.project_pre,
-    options={"norm_eps": 1e-6, "pre_eps": 1e-6},
-    pass_configs=pass_configs,
-    gpu_only=("threads", "ahead", "groups", "early", "widen"),
 )

@@ -25,7 +25,7 @@ from tl_kernels.meeting import ROLE, leave_of, meeting
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pairs import pairs
 from tl_kernels.relay import relay
-from tl_kernels.whole import buffers_of, givers, group_of, lag_of, read_after, registers_of, ring_of, takes_of
+from tl_kernels.whole import buffers_of, givers, group_of, lag_of, part_of, read_after, registers_of, ring_of, threads_of
 
 #: Named barriers; 0 is T.sync_threads(), 4 that of relay.py.
 PHI, TOP, MAIN, GIVE = 1, 2, 3, 5
@@ -53,8 +53,8 @@ def roles(p, cfg, load, work, raw):
     norm_eps, pre_eps = p.option("norm_eps"), p.option("pre_eps")
     registers, apart = registers_of(p, cfg), cfg["roles"] == 4
     others = threads + givers(cfg)  # the first thread of the product
-    everyone = others + 2 * ROLE
-    takes = takes_of(p, cfg)
+    everyone = threads_of(cfg)
+    takes = part_of(p, cfg, givers(cfg))  # tokens that u is made of at a time
     ring, few, paired = ring_of(cfg), (n + 1) * bt, cfg["word"] == 8
     sizes = (G, groups, bt, M + 1, n + 1, ring)
     copies = n if raw else n + 3  # of a tile
@@ -66,6 +66,10 @@ def roles(p, cfg, load, work, raw):
     elif levels == 2:
         count, share_shape, ask, add_share, ask_totals, read_totals = relay(*sizes)
     word_type = "uint64" if paired else "uint32"
+
+    def start_of(i, g):
+        """The first token of group g's tile i."""
+        return (i * groups + g) * bt
 
     @T.macro
     def stage(c0, phi, x_s):
@@ -134,7 +138,7 @@ def roles(p, cfg, load, work, raw):
             ask(scratch, g, number(epoch, i - summed), at, words)
         if i > summed and i <= mine + summed:
             put_pre(i - 1, i - 1 - summed, total_s, pre_s, affine)
-            write_out(((i - 1 - summed) * groups + g) * bt, at, until, total, parts)
+            write_out(start_of(i - 1 - summed, g), at, until, total, parts)
         if i >= summed and i < mine + summed:
             add_up(scratch, g, number(epoch, i - summed), at, words, total)
             for e in T.Parallel(count):
@@ -152,7 +156,7 @@ def roles(p, cfg, load, work, raw):
         if i > totalled and i <= mine + totalled:
             put_pre(i - 1, i - 1 - totalled, total_s, pre_s, affine)
         if i >= summed and i < mine + summed:
-            add_share(scratch, g, s, number(epoch, i - summed), ((i - summed) * groups + g) * bt, tokens, words, parts)
+            add_share(scratch, g, s, number(epoch, i - summed), start_of(i - summed, g), tokens, words, parts)
         if i >= totalled and i < mine + totalled:
             read_totals(scratch, g, number(epoch, i - totalled), word, total_s, i % 2)
 
@@ -191,9 +195,9 @@ def roles(p, cfg, load, work, raw):
         x_f = T.alloc_fragment((takes, bc), dtype)
         u_f = T.alloc_fragment((takes, bc), ACC)
         if i >= lag:
-            give_u(i - lag, ((i - lag) * groups + g) * bt, tokens, c0, tiles[0], pre_s, x_f, u_f, u, made)
+            give_u(i - lag, start_of(i - lag, g), tokens, c0, tiles[0], pre_s, x_f, u_f, u, made)
             T.sync_threads(GIVE, givers(cfg))
-        go_on(i + ahead, mine, ((i + ahead) * groups + g) * bt, c0, tensors, tiles)
+        go_on(i + ahead, mine, start_of(i + ahead, g), c0, tensors, tiles)
 
     @T.macro
     def set_registers(role):
@@ -226,12 +230,12 @@ def roles(p, cfg, load, work, raw):
             T.sync_threads(PHI, 2 * ROLE)
         if tx < threads:
             if apart:
-                set_registers(2)
+                set_registers("main")
             else:
                 for i in T.unroll(ahead):
-                    go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
+                    go_on(i, mine, start_of(i, g), c0, tensors, tiles)
             for i in T.serial(mine + lag):
-                t0 = (i * groups + g) * bt
+                t0 = start_of(i, g)
                 T.sync_threads(TOP, everyone)
                 if not apart:
                     if early == 1:
@@ -248,9 +252,9 @@ def roles(p, cfg, load, work, raw):
                 if i < mine:
                     work(i, t0, tokens, c0, tiles, held, put_mean, (words, g, s, epoch), () if apart else outs[2:])
         elif apart and tx < others:
-            set_registers(3)
+            set_registers("give")
             for i in T.unroll(ahead):
-                go_on(i, mine, (i * groups + g) * bt, c0, tensors, tiles)
+                go_on(i, mine, start_of(i, g), c0, tensors, tiles)
             T.ptx_wait_group((ahead - 1) * copies)
             T.fence_proxy_async()
             for i in T.serial(mine + lag):
@@ -259,14 +263,14 @@ def roles(p, cfg, load, work, raw):
                 T.ptx_wait_group((ahead - 1) * copies)  # tile i + 1 is there when all begin it
                 T.fence_proxy_async()
         elif tx < others + ROLE:
-            set_registers(0)
+            set_registers("product")
             fill(x_s, phi_f)
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
                 if i < mine + 1:
                     multiply(i - 1, s, g, epoch, words, phi_f, x_s, z_NT)
         else:
-            set_registers(1)
+            set_registers("sums")
             if levels == 1:
                 begin(s, tokens, at, until)
                 T.clear(total)

@@ -10,13 +10,15 @@ Words of the peers are asked for right after they were published, when a peer th
 again. With ``slack`` 1 they are asked for a tile later, with 2 the totals of ``levels: 2`` too, for room on chip.
 """
 
+from functools import partial
+
 import tilelang.language as T
 
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, scratch_size
 from tl_kernels.mma import padded
 from tl_kernels.pairs import exchanged, pairs_size
 from tl_kernels.relay import relay_size, share_of
-from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
+from tl_kernels.spec import SHARED_LIMIT, Kernel, ceildiv, vector_width
 
 #: Blocks of a group wait for each other, so all of them must fit the GPU at once: a little less than the 78 multiprocessors of an H20.
 MOST_BLOCKS = 72
@@ -27,9 +29,9 @@ def group_of(p, cfg):
     return ceildiv(p.C, cfg["block_C"])
 
 
-def part_of(p, cfg):
-    """Tokens the main role works on at a time: 16 bytes of a stream a thread."""
-    return cfg["threads"] * vector_width(p) // cfg["block_C"]
+def part_of(p, cfg, threads=None):
+    """Tokens that ``threads``, the main role's by default, work on at a time: 16 bytes of a stream a thread."""
+    return (threads or cfg["threads"]) * vector_width(p) // cfg["block_C"]
 
 
 def givers(cfg):
@@ -37,9 +39,9 @@ def givers(cfg):
     return ROLE if cfg["roles"] == 4 else 0
 
 
-def takes_of(p, cfg):
-    """Tokens that u is made of at a time."""
-    return (givers(cfg) or cfg["threads"]) * vector_width(p) // cfg["block_C"]
+def threads_of(cfg):
+    """Threads of a block: main's, give's, the product's and the sums'."""
+    return cfg["threads"] + givers(cfg) + 2 * ROLE
 
 
 def read_after(cfg):
@@ -97,27 +99,29 @@ def phi_registers(p, cfg):
 
 
 def registers_of(p, cfg):
-    """Registers a thread of the product, of the sums and with four roles of main and of give, each with whether that is more than it begins
-    with: together as many as those. None where what a thread begins with is right for all.
+    """Registers a thread of each role, with whether that is more than it begins with; together as many as those. Of three roles main keeps
+    what it begins with. None where all do.
 
     The product takes what the sums can spare, so many that its multiplications follow each other: with fewer, nvcc makes each wait for the
     one before (C7512), four times as long. 32 tokens take eight accumulators more than 16, and room to overlap them.
     """
-    wide = cfg["block_T"] > 16
+    wide, many = cfg["block_T"] > 16, cfg["threads"] > ROLE
     if cfg["roles"] == 4:
-        begin = 96 if cfg["threads"] > ROLE else 128
-        counts = ((184, 56, 88, 64) if wide else (168, 64, 88, 72)) if begin == 96 else (200, 96, 112, 104)
-        return tuple((count, int(count > begin)) for count in counts)
-    if phi_registers(p, cfg) <= 64:
+        product, sums, main, give = ((184, 56, 88, 64) if wide else (168, 64, 88, 72)) if many else (200, 96, 112, 104)
+        counts = {"product": product, "sums": sums, "main": main, "give": give}
+    elif phi_registers(p, cfg) <= 64 or not (wide or many):
         return None
-    counts = ((184, 72) if wide else (168, 88)) if cfg["threads"] > 128 else ((216, 120) if wide else None)
-    return counts and ((counts[0], 1), (counts[1], 0))
+    else:
+        product, sums = ((184, 72) if wide else (168, 88)) if many else (216, 120)
+        counts = {"product": product, "sums": sums}
+    begin = 65536 // threads_of(cfg) // 8 * 8
+    return {role: (count, int(count > begin)) for role, count in counts.items()}
 
 
 def most_words(p, cfg):
     """Words that a thread of the sums can hold."""
     registers = registers_of(p, cfg)
-    return min(90, registers[1][0] - 28) if registers else 90
+    return min(90, registers["sums"][0] - 28) if registers else 90
 
 
 def shared_bytes(p, cfg, mixes):
@@ -127,17 +131,6 @@ def shared_bytes(p, cfg, mixes):
     exchange = 0 if cfg["levels"] == 1 else ROLE if cfg["word"] == 4 else exchanged(group_of(p, cfg), bt, p.M)
     sums = 2 * bt * (p.n + 1) + 2 * bt * p.n + exchange
     return buffers_of(p, cfg) * bt * kb * p.itemsize + beside + 4 * sums
-
-
-def contradiction(cfg):
-    """Why knobs do not go together, whatever the problem, or None."""
-    if cfg["slack"] > cfg["levels"]:
-        return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
-    if cfg["word"] == 8 and cfg["levels"] == 1:
-        return "word=8, levels=1: wanted levels=2 for words of two sums"
-    if cfg["roles"] == 4 and (cfg["levels"] == 1 or cfg["early"]):
-        return f"roles=4, levels={cfg['levels']}, early={cfg['early']}: wanted levels=2, early=0"
-    return None
 
 
 def invalid(p, cfg, mixes=True):
@@ -152,8 +145,12 @@ def invalid(p, cfg, mixes=True):
         return f"C={p.C}, block_C={bc}: {G} blocks to a group, wanted at most {MOST_BLOCKS}, which wait for each other"
     if cfg["groups"] > 1 and G * cfg["groups"] > 256:
         return f"groups={cfg['groups']}: {G * cfg['groups']} blocks, wanted about as many as there are multiprocessors"
-    if why := contradiction(cfg):
-        return why
+    if cfg["slack"] > cfg["levels"]:
+        return f"slack={cfg['slack']}, levels={cfg['levels']}: wanted at most one for each time that words are read"
+    if cfg["word"] == 8 and cfg["levels"] == 1:
+        return "word=8, levels=1: wanted levels=2 for words of two sums"
+    if cfg["roles"] == 4 and (cfg["levels"] == 1 or cfg["early"]):
+        return f"roles=4, levels={cfg['levels']}, early={cfg['early']}: wanted levels=2, early=0"
     if cfg["levels"] == 2:
         if share_of(G, bt, p.M + 1) > ROLE:
             return f"levels=2, block_T={bt}, block_C={bc}: {G} blocks to a group, wanted so many that each adds up at most {ROLE} values"
@@ -238,3 +235,21 @@ def space(p):
 def pass_configs(cfg):
     """No barriers but those written, no bounds checks but those written."""
     return {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
+
+
+def whole_pass(mixes, **own):
+    """The spec of a pass, but for what is its ``own``. ``mixes``: see :func:`shared_bytes`."""
+    return Kernel(
+        space=space,
+        default=default,
+        invalid=partial(invalid, mixes=mixes),
+        unserved=unserved,
+        least_arch=90,
+        shortcut=True,
+        scratch=scratch_of,
+        seeds=SEEDS,
+        options={"norm_eps": 1e-6, "pre_eps": 1e-6},
+        pass_configs=pass_configs,
+        gpu_only=("threads", "ahead", "groups", "early", "widen"),
+        **own,
+    )

@@ -73,7 +73,7 @@ def test_the_product_reads_phi_from_registers(block_T, roles):
     seed = next(s for s in fits if (s["threads"], s["block_T"], s["roles"]) == (256, block_T, roles))
     source = compile_kernel(kernel, p, dict(seed), "sm_90a").get_kernel_source()
     assert "wgmma_rs" in source
-    for count, more in registers_of(p, seed):
+    for count, more in registers_of(p, seed).values():
         assert source.count(f"warpgroup_reg_{'alloc' if more else 'dealloc'}<{count}>") == 1
     found = fingerprint(kernel, p, dict(seed), "sm_90a")
     assert found.mma_waits == 1, "with too few registers nvcc makes every wgmma wait for the one before (C7512)"
