@@ -52,6 +52,11 @@ def place_of(g, use, ring):
     return g * ring + T.cast(use % ring, "int32")
 
 
+def number_of(ring):
+    """``number(epoch, tile)``, of all tiles that a group ever had. One period of tags is added so that it stays positive."""
+    return lambda epoch, tile: epoch + T.cast(tile + 2 * ring, "uint32")
+
+
 def leave_of(G, counters, ring):
     """Macro ``leave``."""
 
@@ -68,17 +73,14 @@ def leave_of(G, counters, ring):
 def meeting(G, groups, bt, values, every, ring):
     """Macros ``publish``, ``begin``, ``ask``, ``add_up``, ``write_out`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
 
-    Every block needs the first ``every - 1`` values and the last; of the others each adds up a share and writes it out. ``use`` numbers the
-    tiles a group ever had; one ``ring`` period of tags is added so that it stays positive.
+    Every block needs the first ``every - 1`` values and the last; of the others each adds up a share and writes it out. ``use`` is the
+    tile's number (:func:`number_of`).
     """
     few = every * bt
     share = ceildiv((values - every) * bt, G)
     sums = ceildiv(few + share, ROLE) * ROLE
     width = values * bt
     counters = groups * ring * G * width
-
-    def number(epoch, tile):
-        return epoch + T.cast(tile + 2 * ring, "uint32")
 
     def row(g, use, r):
         return (place_of(g, use, ring) * G + r) * width
@@ -140,4 +142,4 @@ def meeting(G, groups, bt, values, every, ring):
             if t0 + at[e] % bt < until[e]:
                 out[0, at[e] // bt, t0 + at[e] % bt] = total[e]
 
-    return sums, counters, number, publish, begin, ask, add_up, write_out, leave_of(G, counters, ring)
+    return sums, counters, publish, begin, ask, add_up, write_out, leave_of(G, counters, ring)

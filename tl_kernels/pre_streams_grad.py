@@ -22,7 +22,7 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, place_of, tag, tagged, value_of
+from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 from tl_kernels.streams_grad import DX
@@ -61,15 +61,12 @@ def build(p, cfg):
     counters = splits * ring * words * bt
     rest = M - n + 1
     share = ceildiv(pieces, 2)  # pieces that a thread adds up: two to a token
-    leave = leave_of(G, counters, ring)
+    leave, number = leave_of(G, counters, ring), number_of(ring)
     L, across = M + 3, padded(M + 3, ROLE // LANES)
     T_ = T.dynamic("T")
     S2_ = T.dynamic("S2")
 
     stage_phi, read_rows, add_gradients, add_x, put_back, write_dx, write_dphi = slice_macros(p, cfg)
-
-    def number(epoch, tile):
-        return epoch + T.cast(tile + 2 * ring, "uint32")
 
     def place(s, use, q, t):
         return (place_of(s, use, ring) * words + q) * bt + t

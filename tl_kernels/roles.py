@@ -21,7 +21,7 @@ Barriers between the warps of a role are by hand: those TileLang would put in fo
 import tilelang.language as T
 
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.meeting import ROLE, leave_of, meeting
+from tl_kernels.meeting import ROLE, leave_of, meeting, number_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pairs import pairs
 from tl_kernels.relay import relay
@@ -56,10 +56,10 @@ def roles(p, cfg, load, work, raw):
     everyone = threads_of(cfg)
     takes = part_of(p, cfg, givers(cfg))  # tokens that u is made of at a time
     ring, few, paired = ring_of(cfg), (n + 1) * bt, cfg["word"] == 8
-    sizes = (G, groups, bt, M + 1, n + 1, ring)
+    number, sizes = number_of(ring), (G, groups, bt, M + 1, n + 1, ring)
     copies = n if raw else n + 3  # of a tile
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
-    count, counters, number, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
+    count, counters, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if paired:
         count, share_shape, counters, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals = pairs(G, groups, bt, M, n, ring)
         leave = leave_of(G, counters, ring)
