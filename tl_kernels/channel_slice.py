@@ -7,14 +7,14 @@ import tilelang.language as T
 from tl_kernels.mma import high, low, mma_dtype, padded
 
 
-def slice_macros(p, cfg):
+def slice_macros(p, cfg, kp=None):
     """Macros of slice ``block`` of the channels: ``stage_phi``, ``read_rows``, ``add_gradients``, ``add_x``, ``put_back``, ``write_dx`` and
     ``write_dphi``.
 
     They take its number, not its first channel: of that TileLang could not tell that it lies on 16 bytes where it comes from a variable.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, mma_dtype(p)
-    bt, bc, N, kb, kp = cfg["block_T"], cfg["block_C"], padded(p.M, 16), p.n * cfg["block_C"], dphi_rows(p, cfg)
+    bt, bc, N, kb, kp = cfg["block_T"], cfg["block_C"], padded(p.M, 16), p.n * cfg["block_C"], kp or dphi_rows(p, cfg)
     width, wide = bc // slices(cfg), slice_columns(p, cfg)
     streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
 
@@ -32,12 +32,12 @@ def slice_macros(p, cfg):
                 phi_lo[m, column(j, c)] = low(value, dtype)
 
     @T.macro
-    def read_rows(st, dy_s, du_s, dy_f, du_f):
+    def read_rows(st, dy_s, at, du_s, dy_f, du_f):
         for i in T.unroll(n):
             for t, c in T.Parallel(bt, bc):
                 dy_f[i, t, c] = dy_s[st, t, i * bc + c]
         for t, c in T.Parallel(bt, bc):
-            du_f[t, c] = du_s[st, t, c]
+            du_f[t, c] = du_s[at, t, c]
 
     @T.macro
     def add_gradients(g_TK, st, pre_s, du_f, res_of, dy_f):

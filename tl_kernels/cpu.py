@@ -45,6 +45,7 @@ NOTHING = {
     "tl.mbarrier_wait_parity",
     "tl.ptx_cp_async_barrier_noinc",
     "tirx.ptx_arrive_barrier",
+    "tl.tma_store_wait",
 }
 # TileLang's own lowering for target ``c`` makes plain loads and stores of these, which the compiler may move out of a loop. GCC's builtins
 # do not: here in functions, as TileLang declares all that is called. Sequentially consistent, whatever order was asked for.
@@ -146,7 +147,7 @@ def _lower_tile_ops(func):
     def lower(stmt):
         call = stmt.value if isinstance(stmt, tirx.Evaluate) and isinstance(stmt.value, tirx.Call) else None
         name = getattr(getattr(call, "op", None), "name", "")
-        if name == "tl.tileop.async_copy":
+        if name in ("tl.tileop.async_copy", "tl.tileop.tma_copy"):
             return tile_op("tl.tileop.copy", *call.args)
         if name in ("tl.tileop.gemm", "tl.tileop.wgmma_gemm"):
             return _lower_gemm(call)

@@ -24,8 +24,10 @@ from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, sli
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
+from tl_kernels.pre_streams_grad_kept import build_kept, invalid_kept, scratch_of_kept, shared_bytes_of_kept
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 from tl_kernels.streams_grad import DX
+from tl_kernels.widen import widths
 
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
@@ -39,6 +41,8 @@ ROUNDS = 8
 
 
 def build(p, cfg):
+    if cfg["keep"]:
+        return build_kept(p, cfg)
     from tilelang.layout import make_swizzled_layout  # specs come without TileLang
 
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, p.dtype
@@ -340,7 +344,7 @@ def build(p, cfg):
                     st = i % 2
                     T.sync_threads(TOP, everyone)
                     if tile >= 0:
-                        read_rows(st, dy_s, du_s, dy_f, du_f)
+                        read_rows(st, dy_s, st, du_s, dy_f, du_f)
                         T.clear(g_TK)
                         add_gradients(g_TK, st, pre_s, du_f, lambda st, t, i, j: res_s[st, t, i, j], dy_f)
                         T.sync_threads(READY, threads + ROLE)
@@ -390,11 +394,15 @@ def ring_of(cfg):
 
 def scratch_of(p, cfg):
     """32-bit words of scratch: the places, then two counters a group."""
+    if cfg["keep"]:
+        return scratch_of_kept(p, cfg)
     return cfg["splits"] * (ring_of(cfg) * p.n * pieces_of(p)[1] * cfg["block_T"] + 2)
 
 
 def shared_bytes(p, cfg):
     """Shared memory, an upper bound."""
+    if cfg["keep"]:
+        return shared_bytes_of_kept(p, cfg)
     n, bt, bc, kp, N = p.n, cfg["block_T"], cfg["block_C"], dphi_rows(p, cfg), padded(p.M, 16)
     staged = 2 * (bt * (bc * (n + 1) + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
     products = 2 * N * 2 * (bt + slices(cfg) * slice_columns(p, cfg))
@@ -406,6 +414,10 @@ def shared_bytes(p, cfg):
 def invalid(p, cfg):
     """Why a configuration cannot work, or None."""
     bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
+    if cfg["keep"]:
+        return invalid_kept(p, cfg)
+    if cfg["lag"] > 3 or cfg["ahead"] != 1 or cfg["turns"] != 2 or cfg["widen"] != 3:
+        return f"keep=0: wanted lag of at most 3, ahead=1, turns=2, widen=3, not {dict(cfg)}"
     if bt != 64 or threads != 256:
         return f"block_T={bt}, threads={threads}: wanted 64 tokens and 256 threads, for which there are registers"
     if bc % (8 * slices(cfg)):
@@ -433,7 +445,12 @@ def unserved(p):
 def default(p):
     """For about 132 multiprocessors."""
     G = ceildiv(p.C, 64)
-    return {"block_T": 64, "block_C": 64, "splits": max(1, 132 // G), "threads": 256, "lag": 2}
+    return {"block_T": 64, "block_C": 64, "splits": max(1, 132 // G), "threads": 256, "lag": 2, "keep": 0, "ahead": 1, "turns": 2, "widen": 3}
+
+
+def _seed(block_C, splits, lag, keep=0, ahead=1, turns=2, widen=3):
+    bt = 32 if keep else 64
+    return {"block_T": bt, "block_C": block_C, "splits": splits, "threads": 256, "lag": lag, "keep": keep, "ahead": ahead, "turns": turns, "widen": widen}
 
 
 pre_streams_grad = Kernel(
@@ -454,11 +471,15 @@ pre_streams_grad = Kernel(
     ),
     outputs=(DX, Tensor("dphi", "S M K", split=True), Tensor("dab", "S M+3", split=True)),
     space=lambda p: {
-        "block_T": (64,),
+        "block_T": (32, 64),
         "block_C": (32, 64, 128),
         "splits": (1, 2, 3, 4, 6, 8, 13, 16),
         "threads": (256,),
-        "lag": (1, 2, 3),
+        "lag": (1, 2, 3, 4, 5),
+        "keep": (0, 1),
+        "ahead": (1, 2, 3, 4),
+        "turns": (2, 3, 4, 5),
+        "widen": widths(p),
     },
     default=default,
     invalid=invalid,
@@ -468,14 +489,11 @@ pre_streams_grad = Kernel(
     shortcut=True,
     scratch=scratch_of,
     seeds=(
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "lag": 2},
-        {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "lag": 2},
-        {"block_T": 64, "block_C": 64, "splits": 1, "threads": 256, "lag": 2},
-        {"block_T": 64, "block_C": 64, "splits": 3, "threads": 256, "lag": 3},
+        *(_seed(64, splits, lag) for splits, lag in ((3, 2), (2, 2), (1, 2), (3, 3))),
     ),
     reference=reference.pre_streams_grad,
     options={},
     pass_configs=lambda cfg: PASS_CONFIGS,
-    gpu_only=("threads",),
+    gpu_only=("threads", "widen"),
     resident=lambda p, cfg: ceildiv(p.C, cfg["block_C"]),
 )

@@ -136,7 +136,7 @@ def build(p, cfg):
                         for t, c in T.Parallel(bt, kp):
                             x_lo[t, c] = low(T.cast(x_s[st, t, c], ACC), mma)
                         T.gemm(x_lo, dz_hi, dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
-                read_rows(st, dy_s, du_s, dy_f, du_f)
+                read_rows(st, dy_s, st, du_s, dy_f, du_f)
                 if overlap:
                     T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
                 add_gradients(g_TK, st, pre_s, du_f, lambda st, t, i, j: res_s[st, t, i, j], dy_f)

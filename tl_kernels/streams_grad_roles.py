@@ -186,7 +186,7 @@ def build_roles(p, cfg):
                     # dphi^T = x^T dz
                     T.wgmma_gemm(x_s[st, :, :], dz_hi[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
                     T.wgmma_gemm(x_s[st, :, :], dz_lo[st, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=rows)
-                    read_rows(st, dy_s, du_s, dy_f, du_f)
+                    read_rows(st, dy_s, st, du_s, dy_f, du_f)
                     T.wait_wgmma(2)  # not for the two of dphi, which may take until the end of the tile
                     add_gradients(g_TK, st, pre_s, du_f, lambda st, t, i, j: res_s[st, t, i * n + j], dy_f)
                     add_x(g_TK, st, lambda st, t: c_s[st, t], x_s, x_f)
