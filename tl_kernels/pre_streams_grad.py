@@ -13,6 +13,8 @@ times the floor's bytes with x one iteration behind, 1.2 times with two (results
 What all others wait for is main, so rows, which waits for memory anyway, issues its copies; and what they fill is swizzled: into rows
 padded against conflicts a copy took 2.6 times the wavefronts (fifth session).
 
+``keep`` 1 is another program: tl_kernels/pre_streams_grad_kept.py.
+
 Only the first role's fragments have layouts by hand: TileLang 0.1.15 leaves out loops over such fragments where a role's threads do not
 begin at 0.
 """
@@ -475,10 +477,10 @@ pre_streams_grad = Kernel(
         "block_C": (32, 64, 128),
         "splits": (1, 2, 3, 4, 6, 8, 13, 16),
         "threads": (256,),
-        "lag": (1, 2, 3, 4, 5),
+        "lag": (1, 2, 3, 4),
         "keep": (0, 1),
-        "ahead": (1, 2, 3, 4),
-        "turns": (2, 3, 4, 5),
+        "ahead": (1, 2),
+        "turns": (2, 3, 4),
         "widen": widths(p),
     },
     default=default,
@@ -489,11 +491,14 @@ pre_streams_grad = Kernel(
     shortcut=True,
     scratch=scratch_of,
     seeds=(
+        *(_seed(64, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (3, 2, 1)),
+        *(_seed(64, splits, 4, keep=1, ahead=1, turns=4, widen=2) for splits in (3, 1)),
+        *(_seed(128, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (6, 3)),
         *(_seed(64, splits, lag) for splits, lag in ((3, 2), (2, 2), (1, 2), (3, 3))),
     ),
     reference=reference.pre_streams_grad,
     options={},
     pass_configs=lambda cfg: PASS_CONFIGS,
-    gpu_only=("threads", "widen"),
+    gpu_only=("threads", "keep", "ahead", "turns", "widen"),
     resident=lambda p, cfg: ceildiv(p.C, cfg["block_C"]),
 )

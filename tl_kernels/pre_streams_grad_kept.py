@@ -1,13 +1,16 @@
 """``pre_streams_grad`` with the rows kept on chip (``keep`` 1): x and du are loaded once and wait there for dH_pre.
 
-A block keeps its slice of the channels of ``lag`` tiles and has four roles, each at another tile; all begin an iteration together:
+A block keeps its slice of the channels of ``lag`` tiles of 32 tokens and has four roles, each at another tile; all begin an iteration
+together:
 
-    gates  of the blocks' words a share of tile i - ``summed`` added up and published; of the totals of tile i - ``totalled``, dz and c
+    gates  from the totals of tile i - ``totalled``, dz and c
     rows   what tile i adds to dH_pre, published; dphi of tile i - lag
-    give   stores dx of tile i - lag - 1; asks for what is needed ``ahead`` iterations later
+    give   stores dx of tile i - lag - 1; asks for x and du ``ahead`` iterations before they are needed, for dy into a place whose dx has
+           left; adds up a share of what all blocks have published of tile i - ``summed``: a warp for each of these, and one for the rest
     main   dx of tile i - lag, in dy's place: phi stays in its registers, as the right operand of a product of 32 tokens
 
-The meeting is that of tl_kernels/relay.py, with n words a token.
+The meeting is that of tl_kernels/relay.py with n words a token. x, du, dy and dx go by TMA: as copies of 16 bytes a thread they were 570
+instructions of one warp, one after another, and took 400 us instead of 169 at 8192x4x2560 (results/notes.md, 2026-11-30, third session).
 
 Only the first role's fragments have layouts by hand: TileLang 0.1.15 leaves out loops over such fragments where a role's threads do not
 begin at 0.
@@ -25,6 +28,8 @@ from tl_kernels.widen import widen
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, GATES, ROWS, SHARE = 3, 4, 5, 6
 WARP = 32
+#: Places of the small tensors: two tiles are on their way while one is used.
+SMALL = 3
 #: Registers a thread of each role, together the 480 of the 96 that five warpgroups begin with.
 REGISTERS = {"gates": (56, 0), "rows": (104, 1), "give": (48, 0), "main": (136, 1)}
 #: Rows of dab added up at a time.
@@ -127,15 +132,15 @@ def build_kept(p, cfg):
         pre_s, res_s, dzs_s, zs_s = tiles
         t0 = start_of(mixed, s)
         if mixed >= 0 and mixed < mine:
-            T.async_copy(H_res[t0 : t0 + bt, :, :], res_s[mixed % 3, :, 0:n, :])
-            T.async_copy(H_pre[t0 : t0 + bt, :], pre_s[mixed % 3, :, :])
+            T.async_copy(H_res[t0 : t0 + bt, :, :], res_s[mixed % SMALL, :, 0:n, :])
+            T.async_copy(H_pre[t0 : t0 + bt, :], pre_s[mixed % SMALL, :, :])
         else:
             nothing(2)
         t1 = start_of(known, s)
         if known >= 0 and known < mine:
-            T.async_copy(dzs[n : M + 1, t1 : t1 + bt], dzs_s[known % 3, :, :])
-            T.async_copy(zs[0:n, t1 : t1 + bt], zs_s[known % 3, 0:n, :])
-            T.async_copy(zs[M : M + 1, t1 : t1 + bt], zs_s[known % 3, n : n + 1, :])
+            T.async_copy(dzs[n : M + 1, t1 : t1 + bt], dzs_s[known % SMALL, :, :])
+            T.async_copy(zs[0:n, t1 : t1 + bt], zs_s[known % SMALL, 0:n, :])
+            T.async_copy(zs[M : M + 1, t1 : t1 + bt], zs_s[known % SMALL, n : n + 1, :])
         else:
             nothing(3)
 
@@ -238,10 +243,10 @@ def build_kept(p, cfg):
             x_s = T.alloc_shared((places, bt, kp), dtype)
             du_s = T.alloc_shared((places, bt, bc), dtype)
             dy_s = T.alloc_shared((turns, bt, kb), dtype)
-            res_s = T.alloc_shared((3, bt, n + 1, n), ACC)
-            pre_s = T.alloc_shared((3, bt, n), ACC)
-            dzs_s = T.alloc_shared((3, rest, bt), ACC)
-            zs_s = T.alloc_shared((3, n + 1, bt), ACC)
+            res_s = T.alloc_shared((SMALL, bt, n + 1, n), ACC)
+            pre_s = T.alloc_shared((SMALL, bt, n), ACC)
+            dzs_s = T.alloc_shared((SMALL, rest, bt), ACC)
+            zs_s = T.alloc_shared((SMALL, n + 1, bt), ACC)
             left_s = T.alloc_shared((2, wide_K, bt), dtype)
             right_s = T.alloc_shared((2, N, bt), dtype)
             c_s = T.alloc_shared((2, bt), ACC)
@@ -303,7 +308,7 @@ def build_kept(p, cfg):
                 for i in T.serial(mine + lag + 1):
                     tile = i - totalled
                     t0 = start_of(tile, s)
-                    at = tile % 3
+                    at = tile % SMALL
                     T.sync_threads(TOP, everyone)
                     if tile >= 0 and tile < mine:
                         for j, t in T.Parallel(n, bt):
@@ -419,7 +424,7 @@ def build_kept(p, cfg):
                 for i in T.serial(mine + lag + 1):
                     at = (i - lag) % places
                     turn = (i - lag) % turns
-                    st = (i - lag) % 3
+                    st = (i - lag) % SMALL
                     T.sync_threads(TOP, everyone)
                     if i >= lag and i < mine + lag:
                         read_rows(turn, dy_s, at, du_s, dy_f, du_f)
@@ -476,7 +481,7 @@ def shared_bytes_of_kept(p, cfg):
     """Shared memory, an upper bound."""
     n, M, bt, bc, lag, ahead = p.n, p.M, cfg["block_T"], cfg["block_C"], cfg["lag"], cfg["ahead"]
     rows = (lag + ahead + 1) * bt * (columns_of(p, cfg) + bc) * 2
-    staged = cfg["turns"] * bt * n * bc * 2 + 3 * bt * 4 * (n * n + n + n + M + 2)
+    staged = cfg["turns"] * bt * n * bc * 2 + SMALL * bt * 4 * (n * n + n + n + M + 2)
     products = 2 * bt * 2 * (padded(M, 16) + padded(2 * M, 16))
     sums = 4 * (bt * n + ROLE * n + lanes_of(p, cfg) * share_of(p, cfg) + LANES * padded(M + 3, ROLE // LANES) + (n + 1) * bt)
     return rows + staged + products + sums + 1024  # for the barriers

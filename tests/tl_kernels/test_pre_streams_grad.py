@@ -13,13 +13,18 @@ from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
 KERNEL = KERNELS["pre_streams_grad"]
-SMALL = {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "lag": 2}
+SMALL = {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "lag": 2, "keep": 0, "ahead": 1, "turns": 2, "widen": 3}
+#: Rows kept on chip.
+KEPT = {"block_T": 32, "keep": 1, "lag": 3, "ahead": 2, "turns": 4}
 # one block or several to a group, a ragged last slice, a row in one piece or several, of 64 threads or of 128; n = 4 takes g++ 25 seconds
 CPU = (
     (4, 264, {"lag": 1}),
     (1, 200, {"lag": 3}),
     (2, 1288, {"splits": 1}),
     (1, 2048, {"block_C": 128, "splits": 3}),
+    (4, 264, KEPT),
+    (2, 1288, {**KEPT, "block_C": 128, "splits": 1}),
+    (3, 200, {**KEPT, "lag": 4, "ahead": 1, "turns": 3}),
 )
 GPU = tuple((n, C, {"splits": 3}) for n in (1, 2, 3, 4) for C in (200, 1288, 2048))
 GPU += (
@@ -30,11 +35,19 @@ GPU += (
     (4, 7168, {"splits": 1}),
     (4, 2560, {"block_C": 32, "splits": 1}),
 )
+GPU += tuple((n, C, {**KEPT, "splits": 3}) for n in (1, 2, 3, 4) for C in (264, 1288))
+GPU += (
+    (4, 2560, {**KEPT, "splits": 3, "widen": 2}),
+    (4, 2560, {**KEPT, "splits": 3, "lag": 4, "ahead": 1, "turns": 3}),
+    (2, 2560, {**KEPT, "splits": 6, "block_C": 128}),
+    (4, 4096, {**KEPT, "widen": 2}),
+    (4, 7168, {**KEPT, "splits": 1}),
+)
 
 
 def _id(case):
     n, C, changes = case
-    return f"n{n}-C{C}-" + "-".join(str({**SMALL, **changes}[k]) for k in ("block_C", "splits", "lag"))
+    return f"n{n}-C{C}-" + "-".join(str({**SMALL, **changes}[k]) for k in ("block_C", "splits", "lag", "ahead", "turns", "widen", "keep"))
 
 
 CASES = [pytest.param("cpu", *case, id=f"cpu-{_id(case)}") for case in CPU]
@@ -47,11 +60,11 @@ def test_matches_the_reference(device, n, C, changes):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize("order", [1, 2])
-def test_roles_in_every_order_their_barriers_allow(order):
+@pytest.mark.parametrize(("order", "changes"), [(1, {}), (2, {}), (5, KEPT), (16, KEPT), (23, KEPT)])
+def test_roles_in_every_order_their_barriers_allow(order, changes):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     p = KERNEL.problem(1, 200)
-    cfg = {**SMALL, "lag": 3}
+    cfg = {**SMALL, "lag": 3, **changes}
     run = Launcher(KERNEL, p, cfg, "cpu")
     run._call = compile_cpu(KERNEL.build(p, cfg), order=order)
     inputs = make_inputs(KERNEL, p, 300, 0)
@@ -60,21 +73,22 @@ def test_roles_in_every_order_their_barriers_allow(order):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lag", [1, 2, 3])
-def test_many_launches_of_many_lengths_with_one_scratch(lag):
-    run = launcher(KERNEL.name, "cuda", 4, 1280, cfg={**SMALL, "splits": 6, "lag": lag})
+@pytest.mark.parametrize("changes", [{"lag": 1}, {"lag": 2}, {"lag": 3}, KEPT, {**KEPT, "lag": 4, "ahead": 1}])
+def test_many_launches_of_many_lengths_with_one_scratch(changes):
+    run = launcher(KERNEL.name, "cuda", 4, 1280, cfg={**SMALL, "splits": 6, **changes})
     check_scratch(run, (1, 63, 64, 65, 383, 384, 385, 2000))
 
 
 @pytest.mark.gpu
-def test_graphs_have_scratch_of_their_own():
-    check_graphs(launcher(KERNEL.name, "cuda", 4, 1280, cfg=SMALL))
+@pytest.mark.parametrize("changes", [{}, KEPT], ids=["", "kept"])
+def test_graphs_have_scratch_of_their_own(changes):
+    check_graphs(launcher(KERNEL.name, "cuda", 4, 1280, cfg={**SMALL, **changes}))
 
 
-@pytest.mark.parametrize("rinv", [0.0, 1.0])
-def test_a_row_whose_norm_overflowed_has_no_gradient_through_z(rinv, device):
+@pytest.mark.parametrize(("rinv", "changes"), [(0.0, {}), (1.0, {}), (0.0, KEPT)])
+def test_a_row_whose_norm_overflowed_has_no_gradient_through_z(rinv, changes, device):
     """Its 1/r is 0, and what z holds then may be infinite."""
-    run = launcher(KERNEL.name, device.type, 1, 200, cfg={**SMALL, "lag": 3})
+    run = launcher(KERNEL.name, device.type, 1, 200, cfg={**SMALL, "lag": 3, **changes})
     inputs = dict(zip([t.name for t in KERNEL.inputs], make_inputs(KERNEL, run.p, 70, 0, device.type), strict=True))
     inputs["zs"][-1, 3] = rinv
     inputs["zs"][:-1, 3] = float("inf") if rinv == 0 else 1.0
@@ -91,17 +105,26 @@ def test_rules_of_a_configuration():
         ({"splits": 16}, "640 blocks"),
         ({"block_C": 8}, "2 slices of dz phi"),
         ({"block_C": 128}, "bytes of shared memory"),
+        ({"lag": 4}, "keep=0: wanted lag of at most 3"),
+        ({**KEPT, "block_T": 64}, "keep=1, block_T=64"),
+        ({**KEPT, "turns": 2}, "wanted lag from 3, turns from 3"),
+        ({**KEPT, "turns": 6}, "at most lag + 2"),
+        ({**KEPT, "block_C": 128}, "at most 64"),
+        ({**KEPT, "splits": 16}, "640 blocks"),
+        ({**KEPT, "lag": 4}, "bytes of shared memory"),
     ):
         assert why in KERNEL.invalid(p, {**good, **change})
+    assert KERNEL.invalid(p, {**good, **KEPT}) is None
+    assert "wanted so many that each adds up at most 32 sums" in KERNEL.invalid(KERNEL.problem(4, 136), {**good, **KEPT})
     assert "wanted more" in KERNEL.unserved(KERNEL.problem(4, 136))  # 11 rounds of loads, unrolled
     assert KERNEL.unserved(KERNEL.problem(4, 200)) is None
     assert KERNEL.resident(KERNEL.problem(4, 7168), good) == 112
 
 
-@pytest.mark.parametrize(("n", "C"), [(4, 7168), (1, 200)])
-def test_shared_memory_is_known_within_a_kilobyte(n, C):
-    p = KERNEL.problem(n, C)
-    said, found = shared_bytes(p, SMALL), lowered_shared_bytes(KERNEL, KERNEL.build(p, SMALL), SMALL, "sm_90a")
+@pytest.mark.parametrize(("n", "C", "changes"), [(4, 7168, {}), (1, 200, {}), (4, 7168, KEPT)])
+def test_shared_memory_is_known_within_a_kilobyte(n, C, changes):
+    p, cfg = KERNEL.problem(n, C), {**SMALL, **changes}
+    said, found = shared_bytes(p, cfg), lowered_shared_bytes(KERNEL, KERNEL.build(p, cfg), cfg, "sm_90a")
     assert found <= said < found + 1024
 
 
