@@ -491,9 +491,8 @@ pre_streams_grad = Kernel(
     shortcut=True,
     scratch=scratch_of,
     seeds=(
-        *(_seed(64, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (3, 2, 1)),
-        *(_seed(64, splits, 4, keep=1, ahead=1, turns=4, widen=2) for splits in (3, 1)),
-        *(_seed(128, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (6, 3)),
+        *(_seed(64, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (3, 2, 1, 4, 6)),
+        _seed(128, 6, 3, keep=1, ahead=2, turns=4, widen=2),
         *(_seed(64, splits, lag) for splits, lag in ((3, 2), (2, 2), (1, 2), (3, 3))),
     ),
     reference=reference.pre_streams_grad,
