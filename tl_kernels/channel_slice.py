@@ -9,18 +9,14 @@ from tl_kernels.mma import high, low, mma_dtype, padded
 
 def slice_macros(p, cfg, kp=None):
     """Macros of slice ``block`` of the channels: ``stage_phi``, ``read_rows``, ``add_gradients``, ``add_x``, ``put_back``, ``write_dx`` and
-    ``write_dphi``.
+    ``write_dphi``. ``kp``: columns of x in a tile, :func:`dphi_rows` by default.
 
     They take its number, not its first channel: of that TileLang could not tell that it lies on 16 bytes where it comes from a variable.
     """
     n, C, M, K, dtype = p.n, p.C, p.M, p.K, mma_dtype(p)
     bt, bc, N, kb, kp = cfg["block_T"], cfg["block_C"], padded(p.M, 16), p.n * cfg["block_C"], kp or dphi_rows(p, cfg)
-    width, wide = bc // slices(cfg), slice_columns(p, cfg)
+    column = column_of(p, cfg)
     streams = tuple(range(n))  # expanded when traced: layout inference wants the columns of a stream as numbers
-
-    def column(j, c):
-        """Where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of its own."""
-        return c // width * wide + j * width + c % width
 
     @T.macro
     def stage_phi(phi, block, phi_hi, phi_lo):
@@ -85,6 +81,14 @@ def slice_macros(p, cfg, kp=None):
                 dphi[s, m, k // bc * C + c0 + k % bc] = dphi_KN[k, m]
 
     return stage_phi, read_rows, add_gradients, add_x, put_back, write_dx, write_dphi
+
+
+def column_of(p, cfg):
+    """``column(j, c)``, where dz phi has a stream's channel: the warps of the product share the channels, so that each has all streams of
+    its own.
+    """
+    width, wide = cfg["block_C"] // slices(cfg), slice_columns(p, cfg)
+    return lambda j, c: c // width * wide + j * width + c % width
 
 
 def dphi_rows(p, cfg):

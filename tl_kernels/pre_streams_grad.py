@@ -447,12 +447,32 @@ def unserved(p):
 def default(p):
     """For about 132 multiprocessors."""
     G = ceildiv(p.C, 64)
-    return {"block_T": 64, "block_C": 64, "splits": max(1, 132 // G), "threads": 256, "lag": 2, "keep": 0, "ahead": 1, "turns": 2, "widen": 3}
+    return {
+        "block_T": 64,
+        "block_C": 64,
+        "splits": max(1, 132 // G),
+        "threads": 256,
+        "lag": 2,
+        "keep": 0,
+        "ahead": 1,
+        "turns": 2,
+        "widen": 3,
+    }
 
 
 def _seed(block_C, splits, lag, keep=0, ahead=1, turns=2, widen=3):
     bt = 32 if keep else 64
-    return {"block_T": bt, "block_C": block_C, "splits": splits, "threads": 256, "lag": lag, "keep": keep, "ahead": ahead, "turns": turns, "widen": widen}
+    return {
+        "block_T": bt,
+        "block_C": block_C,
+        "splits": splits,
+        "threads": 256,
+        "lag": lag,
+        "keep": keep,
+        "ahead": ahead,
+        "turns": turns,
+        "widen": widen,
+    }
 
 
 pre_streams_grad = Kernel(

@@ -18,7 +18,7 @@ begin at 0.
 
 import tilelang.language as T
 
-from tl_kernels.channel_slice import slice_columns, slice_macros, slices
+from tl_kernels.channel_slice import column_of, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.meeting import ROLE, leave_of, number_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
@@ -46,7 +46,7 @@ def build_kept(p, cfg):
     summed, totalled, lag = steps_of(cfg)
     N, kb, kp, wide_K = padded(M, 16), n * bc, columns_of(p, cfg), padded(2 * M, 16)
     kg = slices(cfg) * slice_columns(p, cfg)
-    width, wide = bc // slices(cfg), slice_columns(p, cfg)
+    column = column_of(p, cfg)
     G, words, share, lanes = ceildiv(C, bc), n * bt, share_of(p, cfg), lanes_of(p, cfg)
     run, ring, across = ceildiv(G, lanes), ring_of(cfg), padded(M + 3, ROLE // LANES)
     held = padded(words, share)
@@ -80,9 +80,6 @@ def build_kept(p, cfg):
 
     def start_of(tile, s):
         return (tile * splits + s) * bt
-
-    def column(j, c):
-        return c // width * wide + j * width + c % width
 
     def thread(*shape):
         """A fragment's layout of one element a thread, the first ones."""
@@ -122,6 +119,7 @@ def build_kept(p, cfg):
 
     @T.macro
     def wait(tile, mine, full, first, count):
+        """For what ``count`` barriers from ``first`` on take turns to tell."""
         if tile >= 0 and tile < mine:
             T.mbarrier_wait_parity(full[first + tile % count], tile // count % 2)
 
@@ -185,6 +183,7 @@ def build_kept(p, cfg):
 
     @T.macro
     def add_share(scratch, s, block, tile, epoch, mine_f, old, sum_f, others_s):
+        """The share's words of all blocks, in the order of the blocks; those that were not there are asked for again. Then published."""
         use = number(epoch, tile)
         T.clear(old)
         for q in T.unroll(run):
@@ -213,6 +212,7 @@ def build_kept(p, cfg):
 
     @T.macro
     def put_dz(at, m, t, value, dz_tiles):
+        """The high part twice, for phi's high and low parts, and the low part. dphi takes the first M rows of each."""
         left_s, right_s = dz_tiles
         left_s[at, m, t] = high(value, dtype)
         left_s[at, M + m, t] = high(value, dtype)
@@ -387,7 +387,9 @@ def build_kept(p, cfg):
                     if i >= lag and i < mine + lag:
                         # dphi^T = x^T dz
                         at = (i - lag) % places
-                        T.wgmma_gemm(x_s[at, :, :], left_s[(i - 1) % 2, 0:N, :], dphi_KN, transpose_A=True, transpose_B=True, policy=by_rows)
+                        T.wgmma_gemm(
+                            x_s[at, :, :], left_s[(i - 1) % 2, 0:N, :], dphi_KN, transpose_A=True, transpose_B=True, policy=by_rows
+                        )
                         T.wgmma_gemm(x_s[at, :, :], right_s[(i - 1) % 2, :, :], dphi_KN, transpose_A=True, transpose_B=True, policy=by_rows)
                         T.wait_wgmma(0)
                     T.sync_threads(ROWS, ROLE)
@@ -433,7 +435,7 @@ def build_kept(p, cfg):
                         if wide_K > N:
                             T.gemm(left_s[(i - 1) % 2, N:wide_K, :], rest_f, g_TK, transpose_A=True, policy=by_rows)
                         add_gradients(g_TK, st, pre_s, du_f, lambda st, t, i, j: res_s[st, t, i, j], dy_f)
-                        add_x(g_TK, at, lambda at, t: c_s[(i - 1) % 2, t], x_s, x_f)
+                        add_x(g_TK, at, lambda at, t, side=(i - 1) % 2: c_s[side, t], x_s, x_f)
                         put_back(g_TK, turn, dy_s)
                         T.fence_proxy_async()
             T.sync_threads()
@@ -460,6 +462,7 @@ def share_of(p, cfg):
 
 
 def lanes_of(p, cfg):
+    """Threads of a warp that add up a word of the share, each the words of some blocks."""
     return min(ceildiv(p.C, cfg["block_C"]), WARP // share_of(p, cfg), MOST_LANES)
 
 
