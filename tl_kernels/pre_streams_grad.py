@@ -444,35 +444,14 @@ def unserved(p):
     return invalid(p, default(p))
 
 
+def _config(block_C, splits, lag, keep=0, ahead=1, turns=2, widen=3):
+    cfg = {"block_T": 32 if keep else 64, "block_C": block_C, "splits": splits, "threads": 256, "lag": lag}
+    return {**cfg, "keep": keep, "ahead": ahead, "turns": turns, "widen": widen}
+
+
 def default(p):
     """For about 132 multiprocessors."""
-    G = ceildiv(p.C, 64)
-    return {
-        "block_T": 64,
-        "block_C": 64,
-        "splits": max(1, 132 // G),
-        "threads": 256,
-        "lag": 2,
-        "keep": 0,
-        "ahead": 1,
-        "turns": 2,
-        "widen": 3,
-    }
-
-
-def _seed(block_C, splits, lag, keep=0, ahead=1, turns=2, widen=3):
-    bt = 32 if keep else 64
-    return {
-        "block_T": bt,
-        "block_C": block_C,
-        "splits": splits,
-        "threads": 256,
-        "lag": lag,
-        "keep": keep,
-        "ahead": ahead,
-        "turns": turns,
-        "widen": widen,
-    }
+    return _config(64, max(1, 132 // ceildiv(p.C, 64)), 2)
 
 
 pre_streams_grad = Kernel(
@@ -511,9 +490,9 @@ pre_streams_grad = Kernel(
     shortcut=True,
     scratch=scratch_of,
     seeds=(
-        *(_seed(64, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (3, 2, 1, 4, 6)),
-        _seed(128, 6, 3, keep=1, ahead=2, turns=4, widen=2),
-        *(_seed(64, splits, lag) for splits, lag in ((3, 2), (2, 2), (1, 2), (3, 3))),
+        *(_config(64, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (3, 2, 1, 4, 6)),
+        _config(128, 6, 3, keep=1, ahead=2, turns=4, widen=2),
+        *(_config(64, splits, lag) for splits, lag in ((3, 2), (2, 2), (1, 2), (3, 3))),
     ),
     reference=reference.pre_streams_grad,
     options={},
