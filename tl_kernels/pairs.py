@@ -1,15 +1,16 @@
 """The meeting in two steps (tl_kernels/relay.py) with words of 64 bits, two sums each: neighbouring tokens' of one value, as a thread has
 them of wgmma. L2 works in sectors of 32 bytes, and beside a tile of the streams words of 32 bits are a sixth to a third of those.
 
-A word's tag is the lowest bit of its first sum. What a block adds up stands together for all blocks of the group, in whole sectors: places
-of ``shares`` [G, share] each. The mean squares, which the main role has a token at a time, are words with one sum.
+A word's tag is the lowest bit of its first sum. What a block adds up is whole sectors (tl_kernels/shares.py). The mean squares, which the
+main role has a token at a time, are words with one sum.
 """
 
 import tilelang.language as T
 
-from tl_kernels.meeting import ROLE, place_of, tag, tagged, value_of
+from tl_kernels.meeting import ROLE, tag, tagged, value_of
 from tl_kernels.mma import ACC
 from tl_kernels.relay import SHARE
+from tl_kernels.shares import shares, shares_size
 from tl_kernels.spec import ceildiv
 
 #: Words in a sector of L2.
@@ -32,15 +33,9 @@ def exchanged(G, bt, M):
     return 2 * max(1, lanes_of(G, bt, M) - 1) * share_of(G, bt, M)
 
 
-def words_of(G, bt, M):
-    """Words of one block's sums of a tile, and of a tile's totals: whole shares."""
-    share = share_of(G, bt, M)
-    return ceildiv(M * bt // 2 + bt, share) * share
-
-
 def pairs_size(G, groups, bt, M, ring):
     """32-bit words of scratch: the sums of every block and the totals, then two counters a group."""
-    return 2 * groups * ring * (G + 1) * words_of(G, bt, M) + 2 * groups
+    return 2 * shares_size(G, groups, M * bt // 2 + bt, share_of(G, bt, M), ring) + 2 * groups
 
 
 def pairs(G, groups, bt, M, n, ring):
@@ -48,26 +43,14 @@ def pairs(G, groups, bt, M, n, ring):
     the words that a block adds up; where the counters stand; and macros as those of ``relay``, with ``publish_sums`` of z's even and odd
     tokens and ``publish_mean`` of a token's mean square. ``words`` is the scratch as words of 64 bits.
     """
-    half, share, width = bt // 2, share_of(G, bt, M), words_of(G, bt, M)
+    half, share = bt // 2, share_of(G, bt, M)
     used = M * half + bt
     few = n * half + bt
     read = ceildiv(few, ROLE) * ROLE
     lanes = lanes_of(G, bt, M)
     run = ceildiv(G, lanes)
-    totals = groups * ring * G * width
-    counters = 2 * groups * ring * (G + 1) * width
-
-    def partial(g, use, r, w):
-        """Word w of block r."""
-        return place_of(g, use, ring) * (G * width) + w // share * (G * share) + r * share + w % share
-
-    def its(g, use, s, q, e):
-        """The q-th word that thread e adds up, for block s; any where there is none, so that a load has no condition."""
-        row = T.min(T.min(e // share, lanes - 1) + q * lanes, G - 1)
-        return partial(g, use, row, T.min(s * share + e % share, used - 1))
-
-    def total(g, use, w):
-        return totals + place_of(g, use, ring) * width + w
+    counters = 2 * shares_size(G, groups, used, share, ring)
+    partial, its, total = shares(G, groups, used, share, lanes, ring)
 
     def needed(e):
         at = T.min(e, few - 1)

@@ -24,6 +24,7 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
+from tl_kernels.gate_sums import LANES, across, add_dab
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pre_streams_grad_kept import build_kept, invalid_kept, scratch_of_kept, shared_bytes_of_kept
@@ -36,8 +37,6 @@ TOP, MAIN, ROWS, GATES, READY = 3, 4, 5, 6, 7
 WARPS = ROLE // 32
 #: Registers a thread of each role, together the 128 that four warpgroups begin with: rows has 20 loads of 16 bytes under way.
 MAIN_REGISTERS, ROWS_REGISTERS, GATES_REGISTERS = 144, 136, 88
-#: Rows of dab added up at a time.
-LANES = 16
 #: Pieces of rows that a thread has under way at once, unrolled: with 32 (C = 8, n = 4) it was still compiling after four minutes.
 ROUNDS = 8
 
@@ -68,7 +67,7 @@ def build(p, cfg):
     rest = M - n + 1
     share = ceildiv(pieces, 2)  # pieces that a thread adds up: two to a token
     leave, number = leave_of(G, counters, ring), number_of(ring)
-    L, across = M + 3, padded(M + 3, ROLE // LANES)
+    L, add = M + 3, add_dab(p, cfg, GATES)
     T_ = T.dynamic("T")
     S2_ = T.dynamic("S2")
 
@@ -172,7 +171,7 @@ def build(p, cfg):
             dzs_s = T.alloc_shared((2, rest, bt), ACC)
             zs_s = T.alloc_shared((2, n + 1, bt), ACC)
             part_s = T.alloc_shared((rounds, n, WARPS), ACC)
-            dab_s = T.alloc_shared((LANES, across), ACC)
+            dab_s = T.alloc_shared((LANES, across(p)), ACC)
             sum_s = T.alloc_shared((2, n + 1, bt), ACC)
             g_TK = T.alloc_fragment((bt, kg), ACC)
             dphi_KN = T.alloc_fragment((kp, N), ACC)
@@ -283,32 +282,8 @@ def build(p, cfg):
                         T.fence_proxy_async()
                         T.named_barrier_arrive(READY, threads + ROLE)
                 if block == 0:
-                    dab_f = T.alloc_fragment((LANES, across), ACC)
-                    sum_f = T.alloc_fragment((ROLE,), ACC)
                     T.sync_threads(GATES, ROLE)
-                    T.clear(dab_f)
-                    for k in T.serial(T.ceildiv(T.ceildiv(S2_ - s, splits), LANES)):
-                        for lane, q in T.Parallel(LANES, across):
-                            at = (k * LANES + lane) * splits + s
-                            dab_f[lane, q] += T.if_then_else(at < S2_ and q < L, dab_S[T.min(at, S2_ - 1), T.min(q, L - 1)], 0.0)
-                    for lane, q in T.Parallel(LANES, across):
-                        dab_s[lane, q] = dab_f[lane, q]
-                    for t in T.Parallel(bt):
-                        sum_s[0, 0, t] = dalpha[t]
-                    for j, t in T.Parallel(n, bt):
-                        sum_s[0, 1 + j, t] = db[j, t]
-                    T.sync_threads(GATES, ROLE)
-                    T.clear(sum_f)
-                    for lane in T.serial(LANES):
-                        for q in T.Parallel(ROLE):
-                            sum_f[q] += dab_s[lane, T.min(q, across - 1)]
-                    for t in T.serial(bt):
-                        for q in T.Parallel(ROLE):
-                            its = T.if_then_else(q == 0, 0, T.if_then_else(q >= 3 and q < 3 + n, q - 2, -1))
-                            sum_f[q] += T.if_then_else(its >= 0, sum_s[0, T.max(its, 0), t], 0.0)
-                    for q in T.Parallel(ROLE):
-                        if q < L:
-                            dab[s, q] = sum_f[q]
+                    add(s, S2_, dab_S, dalpha, db, dab_s, sum_s, dab)
             elif tx < 2 * ROLE:
                 T.set_max_nreg(ROWS_REGISTERS, 1)
                 for i in T.serial(mine + lag):

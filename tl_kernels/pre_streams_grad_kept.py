@@ -20,8 +20,10 @@ import tilelang.language as T
 
 from tl_kernels.channel_slice import column_of, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.meeting import ROLE, leave_of, number_of, place_of, tag, tagged, value_of
+from tl_kernels.gate_sums import LANES, across, add_dab
+from tl_kernels.meeting import ROLE, leave_of, number_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
+from tl_kernels.shares import shares, shares_size
 from tl_kernels.spec import SHARED_LIMIT, ceildiv, vector_width
 from tl_kernels.widen import widen
 
@@ -32,8 +34,6 @@ WARP = 32
 SMALL = 3
 #: Registers a thread of each role, together the 480 of the 96 that five warpgroups begin with.
 REGISTERS = {"gates": (56, 0), "rows": (104, 1), "give": (48, 0), "main": (136, 1)}
-#: Rows of dab added up at a time.
-LANES = 16
 #: Lanes that share a word, each with some of the blocks.
 MOST_LANES = 8
 
@@ -48,10 +48,8 @@ def build_kept(p, cfg):
     kg = slices(cfg) * slice_columns(p, cfg)
     column = column_of(p, cfg)
     G, words, share, lanes = ceildiv(C, bc), n * bt, share_of(p, cfg), lanes_of(p, cfg)
-    run, ring, across = ceildiv(G, lanes), ring_of(cfg), padded(M + 3, ROLE // LANES)
-    held = padded(words, share)
-    totals = splits * ring * G * held
-    counters = totals + splits * ring * held
+    run, ring = ceildiv(G, lanes), ring_of(cfg)
+    counters = shares_size(G, splits, words, share, ring)
     places, turns = lag + ahead + 1, cfg["turns"]
     everyone = threads + 3 * ROLE
     rest, L = M - n + 1, M + 3
@@ -59,24 +57,13 @@ def build_kept(p, cfg):
     beside = ROLE // bt  # threads that share a token's channels
     pieces = tuple(range(bc // (beside * vec)))
     streams = tuple(range(n))
-    number, leave = number_of(ring), leave_of(G, counters, ring)
+    number, leave, add = number_of(ring), leave_of(G, counters, ring), add_dab(p, cfg, GATES)
+    partial, its, total = shares(G, splits, words, share, lanes, ring)
     by_rows = T.GemmWarpPolicy.FullRow
     T_ = T.dynamic("T")
     S2_ = T.dynamic("S2")
 
     _, read_rows, add_gradients, add_x, put_back, _, write_dphi = slice_macros(p, cfg, kp)
-
-    def partial(s, use, r, w):
-        """Word w of block r: together what one block adds up."""
-        return place_of(s, use, ring) * (G * held) + w // share * (G * share) + r * share + w % share
-
-    def total(s, use, w):
-        return totals + place_of(s, use, ring) * held + w
-
-    def its(s, use, block, q, e):
-        """The q-th word that thread e adds up, for a block; any where there is none, so that a load has no condition."""
-        row = T.min(T.min(e // share, lanes - 1) + q * lanes, G - 1)
-        return partial(s, use, row, T.min(block * share + e % share, words - 1))
 
     def start_of(tile, s):
         return (tile * splits + s) * bt
@@ -253,8 +240,8 @@ def build_kept(p, cfg):
             dot_s = T.alloc_shared((n, bt), ACC)
             part_s = T.alloc_shared((beside, n * bt), ACC)
             others_s = T.alloc_shared((lanes * share,), ACC)
-            dab_s = T.alloc_shared((LANES, across), ACC)
-            sum_s = T.alloc_shared((n + 1, bt), ACC)
+            dab_s = T.alloc_shared((LANES, across(p)), ACC)
+            sum_s = T.alloc_shared((1, n + 1, bt), ACC)
             dz_tiles = (left_s, right_s)
             phi_f = T.alloc_fragment((N, kg), dtype)
             rest_f = T.alloc_fragment((max(wide_K - N, 16), kg), dtype)
@@ -344,31 +331,7 @@ def build_kept(p, cfg):
                             c_s[i % 2, t] = (dzs_s[at, rest - 1, t] - gain0 * d * r * r) * (1.0 / K)
                         T.fence_proxy_async()
                 if block == 0:
-                    dab_f = T.alloc_fragment((LANES, across), ACC)
-                    sum_f = T.alloc_fragment((ROLE,), ACC)
-                    T.clear(dab_f)
-                    for k in T.serial(T.ceildiv(T.ceildiv(S2_ - s, splits), LANES)):
-                        for lane, q in T.Parallel(LANES, across):
-                            row = (k * LANES + lane) * splits + s
-                            dab_f[lane, q] += T.if_then_else(row < S2_ and q < L, dab_S[T.min(row, S2_ - 1), T.min(q, L - 1)], 0.0)
-                    for lane, q in T.Parallel(LANES, across):
-                        dab_s[lane, q] = dab_f[lane, q]
-                    for t in T.Parallel(bt):
-                        sum_s[0, t] = dalpha[t]
-                    for j, t in T.Parallel(n, bt):
-                        sum_s[1 + j, t] = db[j, t]
-                    T.sync_threads(GATES, ROLE)
-                    T.clear(sum_f)
-                    for lane in T.serial(LANES):
-                        for q in T.Parallel(ROLE):
-                            sum_f[q] += dab_s[lane, T.min(q, across - 1)]
-                    for t in T.serial(bt):
-                        for q in T.Parallel(ROLE):
-                            which = T.if_then_else(q == 0, 0, T.if_then_else(q >= 3 and q < 3 + n, q - 2, -1))
-                            sum_f[q] += T.if_then_else(which >= 0, sum_s[T.max(which, 0), t], 0.0)
-                    for q in T.Parallel(ROLE):
-                        if q < L:
-                            dab[s, q] = sum_f[q]
+                    add(s, S2_, dab_S, dalpha, db, dab_s, sum_s, dab)
             elif tx < 2 * ROLE:
                 T.set_max_nreg(*REGISTERS["rows"])
                 T.clear(dphi_KN)
@@ -476,8 +439,7 @@ def ring_of(cfg):
 def scratch_of_kept(p, cfg):
     """32-bit words of scratch: the sums of every block and the totals, then two counters a group."""
     G = ceildiv(p.C, cfg["block_C"])
-    held = padded(p.n * cfg["block_T"], share_of(p, cfg))
-    return cfg["splits"] * (ring_of(cfg) * (G + 1) * held + 2)
+    return shares_size(G, cfg["splits"], p.n * cfg["block_T"], share_of(p, cfg), ring_of(cfg)) + 2 * cfg["splits"]
 
 
 def shared_bytes_of_kept(p, cfg):
@@ -486,7 +448,7 @@ def shared_bytes_of_kept(p, cfg):
     rows = (lag + ahead + 1) * bt * (columns_of(p, cfg) + bc) * 2
     staged = cfg["turns"] * bt * n * bc * 2 + SMALL * bt * 4 * (n * n + n + n + M + 2)
     products = 2 * bt * 2 * (padded(M, 16) + padded(2 * M, 16))
-    sums = 4 * (bt * n + ROLE * n + lanes_of(p, cfg) * share_of(p, cfg) + LANES * padded(M + 3, ROLE // LANES) + (n + 1) * bt)
+    sums = 4 * (bt * n + ROLE * n + lanes_of(p, cfg) * share_of(p, cfg) + LANES * across(p) + (n + 1) * bt)
     return rows + staged + products + sums + 1024  # for the barriers
 
 
