@@ -3,7 +3,7 @@
 A block keeps its slice of the channels of ``lag`` tiles of 32 tokens and has four roles, each at another tile; all begin an iteration
 together:
 
-    gates  from the totals of tile i - ``totalled``, dz and c
+    gates  from the totals of tile i - ``totalled``, asked for late, dz and c
     rows   what tile i adds to dH_pre, published; dphi of tile i - lag
     give   stores dx of tile i - lag - 1; asks for x and du ``ahead`` iterations before they are needed, for dy into a place whose dx has
            left; adds up a share of what all blocks have published of tile i - ``summed``: a warp for each of these, and one for the rest
@@ -34,6 +34,9 @@ WARP = 32
 SMALL = 3
 #: Registers a thread of each role, together the 480 of the 96 that five warpgroups begin with.
 REGISTERS = {"gates": (56, 0), "rows": (104, 1), "give": (48, 0), "main": (136, 1)}
+#: Nanoseconds that gates wait before they ask for the totals. One that is not there yet costs a memory latency more, and of the 32 that a
+#: warp asks for one often is not: 281 us instead of 255 at C = 4096 where they asked first thing (results/h200/early_words.txt).
+PAUSE = 200
 #: Lanes that share a word, each with some of the blocks.
 MOST_LANES = 8
 
@@ -298,16 +301,16 @@ def build_kept(p, cfg):
                     at = tile % SMALL
                     T.sync_threads(TOP, everyone)
                     if tile >= 0 and tile < mine:
-                        for j, t in T.Parallel(n, bt):
-                            word[j, t] = T.atomic_load(scratch[total(s, number(epoch, tile), j * bt + t)], memory_order="relaxed")
-                        # while the words are on their way
                         for m, t in T.Parallel(rest - 1, bt):
                             put_dz(i % 2, n + m, t, dzs_s[at, m, t], dz_tiles)
                         for j, t in T.Parallel(n, bt):
                             r = zs_s[at, n, t]
                             h = gain[j, t] * T.if_then_else(r > 0, zs_s[at, j, t] * r, 0.0) + bias[j, t]
                             slope[j, t] = T.if_then_else(t0 + t < T_, sigmoid(h) * (1.0 - sigmoid(h)), 0.0)
+                        T.call_extern("handle", "__nanosleep", T.uint32(PAUSE))
                         use = number(epoch, tile)
+                        for j, t in T.Parallel(n, bt):
+                            word[j, t] = T.atomic_load(scratch[total(s, use, j * bt + t)], memory_order="relaxed")
                         for j, t in T.Parallel(n, bt):
                             while T.bitwise_and(T.bitwise_xor(word[j, t], tag(use, ring)), T.uint32(1)) != 0:
                                 word[j, t] = T.atomic_load(scratch[total(s, use, j * bt + t)], memory_order="relaxed")

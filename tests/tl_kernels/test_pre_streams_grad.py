@@ -21,7 +21,6 @@ CPU = (
     (4, 264, {"lag": 1}),
     (1, 200, {"lag": 3}),
     (2, 1288, {"splits": 1}),
-    (1, 2048, {"block_C": 128, "splits": 3}),
     (4, 264, KEPT),
     (2, 1288, {**KEPT, "block_C": 128, "splits": 1}),
     (3, 200, {**KEPT, "lag": 4, "ahead": 1, "turns": 3}),
@@ -60,7 +59,7 @@ def test_matches_the_reference(device, n, C, changes):
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
-@pytest.mark.parametrize(("order", "changes"), [(1, {}), (2, {}), (5, KEPT), (16, KEPT), (23, KEPT)])
+@pytest.mark.parametrize(("order", "changes"), [(1, {}), (5, KEPT), (23, KEPT)])
 def test_roles_in_every_order_their_barriers_allow(order, changes):
     """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
     p = KERNEL.problem(1, 200)
@@ -121,7 +120,7 @@ def test_rules_of_a_configuration():
     assert KERNEL.resident(KERNEL.problem(4, 7168), good) == 112
 
 
-@pytest.mark.parametrize(("n", "C", "changes"), [(4, 7168, {}), (1, 200, {}), (4, 7168, KEPT)])
+@pytest.mark.parametrize(("n", "C", "changes"), [(1, 2048, {}), (2, 1288, KEPT)])
 def test_shared_memory_is_known_within_a_kilobyte(n, C, changes):
     p, cfg = KERNEL.problem(n, C), {**SMALL, **changes}
     said, found = shared_bytes(p, cfg), lowered_shared_bytes(KERNEL, KERNEL.build(p, cfg), cfg, "sm_90a")

@@ -41,6 +41,7 @@ BEGINNINGS = (
     "bench.Bench",
     "replay.ProcessPoolExecutor",
     "dashboard._Server",
+    "report.render",
     "workers.WorkerPool",
     "bundle.WorkerPool",
     "compile_each.WorkerPool",
