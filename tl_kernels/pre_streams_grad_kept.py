@@ -35,10 +35,10 @@ SMALL = 3
 #: Registers a thread of each role, together the 480 of the 96 that five warpgroups begin with.
 REGISTERS = {"gates": (56, 0), "rows": (104, 1), "give": (48, 0), "main": (136, 1)}
 #: Nanoseconds that gates wait before they ask for the totals. One that is not there yet costs a memory latency more, and of the 32 that a
-#: warp asks for one often is not: 281 us instead of 255 at C = 4096 where they asked first thing (results/h200/early_words.txt).
-PAUSE = 200
+#: warp asks for one often is not: 281 us instead of 253 at C = 4096 where they asked first thing (results/h200/early_words.txt).
+PAUSE = 100
 #: Lanes that share a word, each with some of the blocks.
-MOST_LANES = 8
+MOST_LANES = 16
 
 
 def build_kept(p, cfg):
