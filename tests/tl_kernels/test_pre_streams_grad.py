@@ -19,7 +19,6 @@ KEPT = {"block_T": 32, "keep": 1, "lag": 3, "ahead": 2, "turns": 4}
 # one block or several to a group, a ragged last slice, a row in one piece or several, of 64 threads or of 128; n = 4 takes g++ 25 seconds
 CPU = (
     (4, 264, {"lag": 1}),
-    (1, 200, {"lag": 3}),
     (2, 1288, {"splits": 1}),
     (4, 264, KEPT),
     (2, 1288, {**KEPT, "block_C": 128, "splits": 1}),
