@@ -384,7 +384,7 @@ def shared_bytes(p, cfg):
     staged = 2 * (bt * (bc * (n + 1) + kp) * p.itemsize + 4 * bt * (n * n + n + 1))
     products = 2 * N * 2 * (bt + slices(cfg) * slice_columns(p, cfg))
     rounds = rounds_of(p, cfg)
-    beside = 4 * (2 * bt * (p.M - n + 1 + 2 * (n + 1)) + bt + rounds * n * WARPS + LANES * padded(p.M + 3, ROLE // LANES))
+    beside = 4 * (2 * bt * (p.M - n + 1 + 2 * (n + 1)) + bt + rounds * n * WARPS + LANES * across(p))
     return staged + products + beside
 
 

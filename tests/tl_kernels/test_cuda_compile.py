@@ -52,7 +52,7 @@ def test_tf32_path_compiles(name, dtype):
 
 
 @nvcc
-@pytest.mark.parametrize(("block_T", "roles"), [(16, 3), (32, 4)])
+@pytest.mark.parametrize(("block_T", "roles"), [(16, 3), (16, 4), (32, 4)])
 def test_the_product_reads_phi_from_registers(block_T, roles):
     kernel = KERNELS["project_pre"]
     p = kernel.problem(4, 2560)

@@ -20,6 +20,7 @@ KEPT = {"block_T": 32, "keep": 1, "lag": 3, "ahead": 2, "turns": 4}
 CPU = (
     (4, 264, {"lag": 1}),
     (2, 1288, {"splits": 1}),
+    (1, 2048, {"block_C": 128, "splits": 3}),
     (4, 264, KEPT),
     (2, 1288, {**KEPT, "block_C": 128, "splits": 1}),
     (3, 200, {**KEPT, "lag": 4, "ahead": 1, "turns": 3}),
