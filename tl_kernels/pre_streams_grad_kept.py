@@ -105,7 +105,8 @@ def build_kept(p, cfg):
         t0 = start_of(tile, s)
         if tile >= 0:
             for j in T.unroll(n):
-                T.tma_copy(dy_s[tile % turns, :, j * bc : j * bc + bc], dx[t0 : t0 + bt, j, c0 : c0 + bc])
+                # post_res_grads of the boundary below reads it next, from the end on: what is still in L2 then need not be read again
+                T.tma_copy(dy_s[tile % turns, :, j * bc : j * bc + bc], dx[t0 : t0 + bt, j, c0 : c0 + bc], eviction_policy="evict_last")
 
     @T.macro
     def wait(tile, mine, full, first, count):
