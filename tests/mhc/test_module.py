@@ -34,7 +34,7 @@ def reference_block(hc, x, layer, fn, base, scale):
     return reference.post_res(x, layer(reference.pre(x, H_pre)), H_post, H_res)
 
 
-@pytest.mark.parametrize(("n", "fused"), [(1, True), (4, True), (7, True), (1, False), (4, False)])
+@pytest.mark.parametrize(("n", "fused"), [(1, True), (4, True), (7, True), (4, False)])
 def test_block_and_gradients_match_the_reference(n, fused, device):
     hc = trained(32, n, sinkhorn_iters=5, fused=fused).to(device)
     hc.layer = lambda u: torch.tanh(u)
