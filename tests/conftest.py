@@ -18,7 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("MHC_PROFILE", "none")
 
-# TileLang makes and drops a prover of 100 kB at every turn. Memory that glibc gives back each time is cleared anew: a third of a compile
+# TileLang makes and drops a prover of 100 kB at every turn. Memory that glibc gives back each time is cleared anew: a sixth of a compile
 # for the CPU target. What a process may keep, here and in children: blocks, by the number of mallopt.
 KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": (-1, 1 << 29), "MALLOC_TOP_PAD_": (-2, 1 << 26), "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 25)}
 for name, (parameter, size) in KEPT_MEMORY.items():
