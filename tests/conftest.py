@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import signal
 import threading
@@ -14,6 +17,14 @@ import torch
 # What is tuned on this machine is not under test, and would be compiled test by test. A GPU's profile is: it ships.
 if not torch.cuda.is_available():
     os.environ.setdefault("MHC_PROFILE", "none")
+
+# TileLang makes and drops a prover of 100 kB at every turn. Memory that glibc gives back each time is cleared anew: a sixth of a compile
+# for the CPU target. What a process may keep, here and in children: blocks, by the number of mallopt.
+KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": (-1, 1 << 29), "MALLOC_TOP_PAD_": (-2, 1 << 26), "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 25)}
+for name, (parameter, size) in KEPT_MEMORY.items():
+    os.environ.setdefault(name, str(size))
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(parameter, size)
 
 # A shell's background job inherits an ignored SIGINT, and would pass it on to whatever a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -30,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: a benchmark collects garbage before every measurement, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -17,7 +17,7 @@ from tl_kernels import NAMES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPE = {"dim": 32, "layers": 2, "heads": 2, "seq": 16, "n": 3, "stream_dtype": torch.float32}
-RUN = "--tiny --device cpu --steps 4 --batch 2 --seq 16 --dim 32 --heads 2 --n 2"
+RUN = "--tiny --device cpu --steps 4 --batch 2 --seq 16 --dim 32 --heads 2 --n 4"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def _backend(request):
-    """The reference serves, for a new shape costs a minute of compiling; one test, and those on a GPU, take the kernels."""
+    """The reference serves, for a new shape costs a minute of compiling; one test, at a shape of tests/mhc, and those on a GPU do not."""
     kernels = request.node.name == "test_all_three_run_and_are_written" or request.node.get_closest_marker("gpu")
     with mhc.use_backend("auto" if kernels else "reference"):
         yield

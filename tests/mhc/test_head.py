@@ -7,7 +7,7 @@ import mhc
 from tl_kernels import reference
 
 
-@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("n", [1, 4])
 def test_learned_head_and_gradients_match_float64(n, device):
     torch.manual_seed(0)
     head = mhc.HyperHead(32, n).to(device)

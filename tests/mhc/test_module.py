@@ -34,8 +34,7 @@ def reference_block(hc, x, layer, fn, base, scale):
     return reference.post_res(x, layer(reference.pre(x, H_pre)), H_post, H_res)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "steps"])
-@pytest.mark.parametrize("n", [1, 2, 4, 7])
+@pytest.mark.parametrize(("n", "fused"), [(1, True), (4, True), (7, True), (4, False)])
 def test_block_and_gradients_match_the_reference(n, fused, device):
     hc = trained(32, n, sinkhorn_iters=5, fused=fused).to(device)
     hc.layer = lambda u: torch.tanh(u)
@@ -307,7 +306,7 @@ def test_non_contiguous_streams(device):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_graph_break(backend, device):
-    hc = trained(32, 4, nn.Linear(32, 32)).to(device)
+    hc = trained(32, 4, nn.Linear(32, 32), sinkhorn_iters=5).to(device)  # Inductor compiles every iteration of the reference
     head = mhc.HyperHead(32, 4).to(device)
 
     def step(h):

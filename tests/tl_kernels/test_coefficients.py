@@ -9,13 +9,13 @@ from tl_kernels import reference
 from tuner.inputs import make_inputs
 
 
-@problems(COEFFICIENTS, COEFFICIENTS)
+@problems([case for case in COEFFICIENTS if case[0] in (1, 2, 4, 7, 8)], COEFFICIENTS)
 @pytest.mark.parametrize("name", ["coefficients", "coefficients_bwd"])
 def test_matches_the_reference(name, device, n, C, dtype):
     check(name, device, n, C, dtype, tokens=(1, 37, 1000))
 
 
-@pytest.mark.parametrize("options", [{"order": "rows_first"}, {"iters": 1}, {"iters": 3, "eps": 1e-3}, {"post_mult": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{"order": "rows_first", "iters": 3, "eps": 1e-3, "post_mult": 3.0}, {"iters": 1}], ids=str)
 @pytest.mark.parametrize("name", ["coefficients", "coefficients_bwd"])
 def test_options_reach_the_program(name, options, device):
     check(name, device.type, 4, 64, **options)

@@ -8,6 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
+import tilelang
+from tilelang import tvm
 
 from tl_kernels import KERNELS, NAMES, WHOLE
 from tl_kernels.launch import compile_kernel
@@ -23,17 +25,25 @@ ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 
 #: What runs where: a kernel says which instructions it asks for.
 PAIRS = [(name, arch) for arch in ARCHS for name in NAMES if KERNELS[name].unserved_on(KERNELS[name].problem(4, 2560), arch) is None]
-PAIRS = [(name, arch) for name, arch in PAIRS if name not in WHOLE or arch != "sm_120a"]  # too little shared memory for a row
+# the source for sm_120a is that for sm_100a: one of them, with TMA, shows that nvcc takes it
+PAIRS = [(name, arch) for name, arch in PAIRS if name == "project_bwd" or arch != "sm_120a"]
 #: Those with matrix products. A program takes a core about 12 seconds, so the others are compiled for the first that serves them alone.
 PRODUCTS = ("project", "project_bwd", "project_parts", "post_res_project", "streams_grad", "pre_streams_grad", *WHOLE)
 PAIRS = [(name, arch) for i, (name, arch) in enumerate(PAIRS) if name in PRODUCTS or name not in {known for known, _ in PAIRS[:i]}]
 
 
 def compile_default(name, arch):
-    """The CUDA source of a kernel's default configuration."""
+    """The CUDA source of a kernel's default configuration. Half the streams are half the unrolled code: four where programs are tuned."""
     kernel = KERNELS[name]
-    p = kernel.problem(4, 2560)
+    p = kernel.problem(4 if arch == "sm_90a" and name != "pre_streams_grad" else 2, 2560)
     return compile_kernel(kernel, p, kernel.default(p), arch).get_kernel_source()
+
+
+def lower(kernel, p, cfg):
+    """Source and functions for sm_90a, as they are compiled, without nvcc."""
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
+    with tvm.transform.PassContext(opt_level=3, config=dict(kernel.pass_configs(cfg))), target:
+        return tilelang.lower(kernel.build(p, cfg), target=target)
 
 
 @nvcc
@@ -43,8 +53,7 @@ def test_default_compiles(name, arch):
 
 
 @nvcc
-@pytest.mark.parametrize("name", ["project", "project_bwd"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("name", "dtype"), [("project", "float16"), ("project_bwd", "float32")])
 def test_tf32_path_compiles(name, dtype):
     kernel = KERNELS[name]
     p = kernel.problem(3, 100, dtype)
@@ -67,12 +76,11 @@ def test_the_product_reads_phi_from_registers(block_T, roles):
     assert found.stack == 0, "registers that spill while phi is loaded cost 20 us"
 
 
-@nvcc
 def test_reads_of_phi_stay_within_it_where_a_slice_sticks_out():
     """Under a condition TileLang drops a T.min that the condition makes needless, and loads before the condition."""
     kernel = KERNELS["project_pre"]
     p = kernel.problem(4, 2568)
-    source = compile_kernel(kernel, p, kernel.default(p), "sm_90a").get_kernel_source()
+    source = lower(kernel, p, kernel.default(p)).kernel_source
     loads = [line for line in source.splitlines() if "(phi + " in line or " phi[" in line]
     assert loads
     assert all("min(" in line for line in loads)
@@ -111,7 +119,6 @@ def places_of_threads(source, place, threads):
     return found
 
 
-@nvcc
 @pytest.mark.parametrize(
     ("name", "cfg"),
     [("project_pre", (32, 128, 6, 256, 1, 2, 1, 0, 4, 3, 3)), ("post_res_project_pre", (16, 128, 6, 128, 3, 1, 1, 0, 4, 3, 3))],
@@ -121,7 +128,7 @@ def test_a_thread_copies_what_it_reads(name, cfg):
     kernel, cfg = KERNELS[name], dict(zip(SPACE, cfg, strict=True))
     p = kernel.problem(4, 2560)
     place, threads = cfg["block_T"] * 4 * cfg["block_C"], cfg["threads"]
-    first, *others = places_of_threads(compile_kernel(kernel, p, cfg, "sm_90a").get_kernel_source(), place, threads)
+    first, *others = places_of_threads(lower(kernel, p, cfg).kernel_source, place, threads)
     assert len(others) == 3, "copies before the loop and in it, reads for u and for the work"
     assert len(np.unique(first)) * 8 == place
     for other in others:
@@ -130,13 +137,7 @@ def test_a_thread_copies_what_it_reads(name, cfg):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not KERNELS[name].shortcut])
 def test_default_fits_the_smallest_shared_memory(name):
-    import tilelang
-    from tilelang import tvm
-
     kernel = KERNELS[name]
     p = kernel.problem(8, 7168, "float32")
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
-    with target:
-        module = tilelang.lower(kernel.build(p, kernel.default(p)), target=target).device_mod
-    (function,) = (f for _, f in module.functions.items())
+    (function,) = (f for _, f in lower(kernel, p, kernel.default(p)).device_mod.functions.items())
     assert int(function.attrs.get("dyn_shared_memory_buf", 0) or 0) <= min(SHARED_LIMIT.values()) * 1024

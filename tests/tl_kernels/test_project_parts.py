@@ -5,9 +5,8 @@ import itertools
 import pytest
 
 from tests.tl_kernels.checks import FEW, check, problems
-from tests.tl_kernels.test_cuda_compile import nvcc
+from tests.tl_kernels.test_cuda_compile import lower
 from tl_kernels import KERNELS
-from tl_kernels.launch import compile_kernel
 from tl_kernels.mma import padded
 from tl_kernels.pieces import pieces
 from tl_kernels.spec import MAX_N
@@ -53,12 +52,11 @@ def test_every_thread_loads_as_much_of_phi(n):
             assert rows * cfg["block_K"] % (wide * cfg["threads"]) == 0
 
 
-@nvcc
 @pytest.mark.parametrize(("n", "cfg"), list(OVERLAPPED.items()))
 def test_one_barrier_a_tile(n, cfg):
     kernel = KERNELS["project_parts"]
     cfg = {**dict(zip(("block_T", "block_K", "splits", "threads", "stages"), cfg, strict=True)), "mma": "bf16", "overlap": 1}
-    source = compile_kernel(kernel, kernel.problem(n, 1280), cfg, "sm_90a").get_kernel_source()
+    source = lower(kernel, kernel.problem(n, 1280), cfg).kernel_source
     loop, after = source.split("for (int k = 0;")[1].split("AllReduce")[:2]
     assert loop.count("__syncthreads();") == 1
     # copies of this tile have arrived and are seen by the product; the next ones overwrite what all have read

@@ -65,13 +65,6 @@ def test_a_rival_without_a_chain_says_so():
     assert "no way to chain" in Entrant(replace(TINY, layers=2, chained=True), CLOCK).row["failures"][0]
 
 
-@pytest.mark.slow
-def test_the_compiled_rival_is_the_specification():
-    entrant = Entrant(replace(TINY, rival="compile", T=1), CLOCK)  # for this T alone; tests/tuner/test_bench.py has one for several
-    assert not entrant.row["failures"]
-    assert max(entrant.row["errors"].values()) < 1e-5
-
-
 def test_liger_parameters_go_into_its_layout_and_back(monkeypatch):
     # what its documentation says it computes, in PyTorch: H_res starts with rows and is stored [target, source]
     def coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, *, allow_fp32, pre_eps):
