@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tl_kernels import KERNELS, NAMES
-from tuner.inputs import SPLITS, make_inputs
+from tuner.inputs import make_inputs
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -13,12 +13,19 @@ def test_inputs_have_the_specs_shapes_and_dtypes_and_repeat(name):
     p = kernel.problem(3, 40, "float16")
     first, second, other = (make_inputs(kernel, p, 5, seed) for seed in (0, 0, 1))
     for tensor, a, b, c in zip(kernel.inputs, first, second, other, strict=True):
-        assert tuple(a.shape) == tensor.shape(p, 5, SPLITS), tensor.name
+        assert tuple(a.shape[tensor.split :]) == tensor.shape(p, 5)[tensor.split :], tensor.name
         assert a.dtype is getattr(torch, tensor.dtype_name(p)), tensor.name
         assert a.is_contiguous()
         assert torch.isfinite(a).all()
         assert torch.equal(a, b), tensor.name
         assert not torch.equal(a, c), tensor.name
+
+
+def test_splits_are_as_many_as_their_writers_make():
+    """Of the coefficient kernels' dab a row for each of their blocks; what sums them up is timed on that many."""
+    sums, writer = KERNELS["sum_parts"], KERNELS["coefficients_bwd"]
+    dphi, dab = make_inputs(sums, sums.problem(4, 64), 5, 0)
+    assert (len(dphi), len(dab)) == (3, writer.default(writer.problem(4, 64))["splits"])
 
 
 def test_rinv_belongs_to_x():
