@@ -13,6 +13,7 @@ Blocks that wait for each other, in a loop around ``T.atomic_load``, get an OS t
 import functools
 import itertools
 import json
+import re
 import shutil
 import threading
 import time
@@ -21,6 +22,7 @@ import tilelang
 import tilelang.language as T  # noqa: F401  (registers the dialect)
 import torch
 from tilelang import tvm
+from tilelang.instrumentation import PassInstrumentationTool, compile_pass_instrumentation
 from tilelang.jit.adapter.wrapper import TLCPUSourceWrapper
 from tvm import tirx
 
@@ -28,6 +30,8 @@ SCOPES = {"local.fragment", "shared.dyn", "shared", "local.reducer"}
 # batch: barriers shared by the sums of a T.reduce. pragma_import_c: CUDA source that comes with a program.
 ANNOTATIONS = {"layout_map", "reducer_info", "reducer_info_v2", "batch", "pragma_import_c"}
 PASS_CONFIGS = {"tirx.disable_vectorize": True}
+#: Passes left out: a third to a half of the time that lowering takes, for expressions that g++ simplifies anyway.
+NEEDLESS = {"tirx.Simplify"}
 FLAGS = ("-O2",)
 PARALLEL = 1  # tirx.ForKind
 SERIAL = 0
@@ -64,6 +68,9 @@ RUNTIME = r"""
 CPU_ATOMICS(int32) CPU_ATOMICS(uint32) CPU_ATOMICS(int64) CPU_ATOMICS(uint64)
 extern "C" int32_t cpu_yield() { return sched_yield(); }
 """
+#: What TileLang has every program include: half precision and vectors, a third of a second for g++ to read. Few programs use any of it.
+HEADER = "#include <tl_templates/cpp/common.h>"
+LEAN = "\n".join(f"#include <{name}.h>" for name in ("math", "stdbool", "stdint", "stdio", "string"))
 STACK = 64 << 20  # bytes a block's OS thread gets: tile buffers are arrays on its stack
 _STACK_LOCK = threading.Lock()
 
@@ -88,6 +95,14 @@ def _register_intrinsics():
     TLCPUSourceWrapper._TYPE_MAP.setdefault("uint32", "uint32_t")  # an argument type it forgot
     if RUNTIME not in TLCPUSourceWrapper.INIT_FUNC:  # what it puts into every program
         TLCPUSourceWrapper.INIT_FUNC += RUNTIME
+        write = TLCPUSourceWrapper.update_lib_code
+        TLCPUSourceWrapper.update_lib_code = lambda self, code: _lean(write(self, code))
+
+
+def _lean(source):
+    """Without ``HEADER`` where nothing of it is used."""
+    used = re.search(r"\b(half|clamp|(float|double|u?int\d+_t)(2|4|8|16))\b", source)
+    return source if used else source.replace(HEADER, LEAN)
 
 
 def _reducers(func):
@@ -408,9 +423,25 @@ def to_cpu(func, order=0, stop=None):
     return tvm.ir.load_json(json.dumps(tree))
 
 
+@tvm.ir.instrument.pass_instrument
+class _LeaveOut:
+    """Leaves out ``NEEDLESS``."""
+
+    def should_run(self, mod, info):
+        return info.name not in NEEDLESS
+
+
+class _Passes(PassInstrumentationTool):
+    """Brings :class:`_LeaveOut` into a compilation; TileLang makes the context that passes run in itself."""
+
+    def create_pass_instrument(self):
+        return _LeaveOut()
+
+
 def _compile(func, **configs):
     configs = PASS_CONFIGS | configs
-    return tilelang.compile(func, target="c", execution_backend="cython", pass_configs=configs, compile_flags=list(FLAGS))
+    with compile_pass_instrumentation(tools=[_Passes()]):
+        return tilelang.compile(func, target="c", execution_backend="cython", pass_configs=configs, compile_flags=list(FLAGS))
 
 
 def compile_cpu(func, concurrent=None, order=0, timeout=120.0):

@@ -77,7 +77,7 @@ sum_parts = Kernel(
     inputs=(Tensor("dphi", "S M K", split=True), Tensor("dab", "S2 M+3", split=True)),
     outputs=(Tensor("dphi", "M K"), Tensor("dalpha", "3"), Tensor("db", "M")),
     space=lambda p: {"block_K": (128, 256, 512, 1024, 2048), "threads": (32, 64, 128, 256)},
-    default=lambda p: {"block_K": 512, "threads": 128},
+    default=lambda p: {"block_K": 512, "threads": 256},
     invalid=_invalid,
     reference=reference.sum_parts,
 )

@@ -81,7 +81,7 @@ def reference_backend():
         yield
 
 
-def make_inputs(name, T=5, n=4, C=64, dtype=torch.float32, device="cpu", seed=0):
+def make_inputs(name, T=5, n=4, C=32, dtype=torch.float32, device="cpu", seed=0):
     """Random arguments of an operator, in its order; norms and saved results are such as a forward would have made."""
     generator = torch.Generator().manual_seed(seed)
     size = {"T": T, "n": n, "C": C, "M": n * n + 2 * n, "K": n * C}

@@ -9,7 +9,7 @@ from tests.conftest import relative_error as relative
 modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 configuration = pytest.importorskip("transformers.models.deepseek_v4.configuration_deepseek_v4")
 
-DIM, N = 64, 4
+DIM, N = 32, 4
 LEAD = (2, 9)
 
 both_paths = pytest.mark.parametrize("fused", [True, False], ids=["fused", "steps"])

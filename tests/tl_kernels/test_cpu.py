@@ -9,7 +9,7 @@ import tilelang.language as T
 import torch
 
 from tl_kernels import KERNELS, NAMES
-from tl_kernels.cpu import available, compile_cpu, to_cpu
+from tl_kernels.cpu import HEADER, LEAN, _lean, available, compile_cpu, to_cpu
 
 
 def test_tilelang_is_the_pinned_release():
@@ -25,6 +25,13 @@ def test_no_gpu_scope_or_bfloat16_is_left():
         for word in ("local.fragment", "shared.dyn", "bfloat16", "T.parallel", "layout_map"):
             assert word not in after, (name, word)
         assert before.script() == kernel.build(p, kernel.default(p)).script(), "the rewrite changed its input"
+
+
+@pytest.mark.parametrize("type", ["half", "float4", "int32_t2", "tl::clamp"])
+def test_programs_that_use_tilelangs_header_include_it(type):
+    plain, other = (f"{HEADER}\nint32_t kernel({name}* x, int32_t float4_of_them);" for name in ("float", type))
+    assert _lean(other) == other
+    assert _lean(plain) == plain.replace(HEADER, LEAN)
 
 
 def program():

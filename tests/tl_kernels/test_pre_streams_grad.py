@@ -18,7 +18,7 @@ SMALL = {"block_T": 64, "block_C": 64, "splits": 2, "threads": 256, "lag": 2, "k
 KEPT = {"block_T": 32, "keep": 1, "lag": 3, "ahead": 2, "turns": 4}
 # one block or several to a group, a ragged last slice, a row in one piece or several, of 64 threads or of 128
 CPU = (
-    (4, 264, {"lag": 1}),
+    (3, 264, {"lag": 1}),
     (2, 1288, {"splits": 1}),
     (1, 2048, {"block_C": 128, "splits": 3}),
     (4, 264, KEPT),
