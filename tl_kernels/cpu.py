@@ -5,8 +5,7 @@ bfloat16 to rounding by hand. On TVM's JSON of it: drop layout annotations, put 
 ``T.Parallel`` serial, and store bfloat16 as float32, which the C backend lacks (the launcher converts at both ends). TVM's JSON is internal
 to it: tilelang is pinned, and tests/tl_kernels/test_cpu.py fails loudly when it moves.
 
-Roles of warps (``if tx < 256: ... else: ...``) run one after another in an order their named barriers allow, and barriers then do nothing.
-Where each role has a loop of its own and all end at the same iteration, they take turns iteration by iteration.
+Roles of warps (``if tx < 256: ... else: ...``) run one after another (tl_kernels/cpu_roles.py).
 Blocks that wait for each other, in a loop around ``T.atomic_load``, get an OS thread each; all others run one after another.
 """
 
@@ -26,6 +25,8 @@ from tilelang.instrumentation import PassInstrumentationTool, compile_pass_instr
 from tilelang.jit.adapter.wrapper import TLCPUSourceWrapper
 from tvm import tirx
 
+from tl_kernels.cpu_roles import find, lower_roles, op_of
+
 SCOPES = {"local.fragment", "shared.dyn", "shared", "local.reducer"}
 # batch: barriers shared by the sums of a T.reduce. pragma_import_c: CUDA source that comes with a program.
 ANNOTATIONS = {"layout_map", "reducer_info", "reducer_info_v2", "batch", "pragma_import_c"}
@@ -35,7 +36,6 @@ NEEDLESS = {"tirx.Simplify"}
 FLAGS = ("-O2",)
 PARALLEL = 1  # tirx.ForKind
 SERIAL = 0
-COMPARE = (tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE)
 # One thread plays all roles, so there is nobody to wait for: copies are done when they are issued, products and roles in program order.
 NOTHING = {
     "tirx.tvm_storage_sync",
@@ -187,153 +187,8 @@ def _lower_tile_ops(func):
     return func.with_body(tirx.stmt_functor.ir_transform(body, None, _round_bfloat16, ["tirx.Cast"]))
 
 
-def _op(node):
-    """Name of the intrinsic a node calls, or an empty string."""
-    return getattr(getattr(node, "op", None), "name", "") if isinstance(node, tirx.Call) else ""
-
-
-def _find(node, wanted):
-    """All nodes below one for which ``wanted`` holds."""
-    found = []
-    tirx.stmt_functor.post_order_visit(node, lambda part: found.append(part) if wanted(part) else None)
-    return found
-
-
-def _barriers(stmt):
-    """Named barriers a role waits at, and those it only arrives at."""
-    waits, arrives = set(), set()
-    for call in _find(stmt, _op):
-        if _op(call) == "tirx.tvm_storage_sync":
-            waits.add(str(call.args[1]) if len(call.args) > 1 else "0")
-        elif _op(call) == "tl.named_barrier_arrive":
-            arrives.add(str(call.args[0]))
-    return waits, arrives
-
-
-def _arrange(roles, order):
-    """Roles one after another: those that only arrive at a barrier before those that wait there, else as written.
-
-    Every legal order must give the same results. ``order`` picks another of them, so that a test can look for races. Only barriers between
-    branches of one ``if`` count.
-    """
-    waits, arrives = zip(*(_barriers(role) for role in roles), strict=True)
-    for i, j in itertools.combinations(range(len(roles)), 2):
-        if waits[i] & waits[j]:
-            raise ValueError(f"two roles wait for each other at barrier {', '.join(sorted(waits[i] & waits[j]))}: not for the CPU target")
-
-    def legal(chosen):
-        return not any(waits[first] & arrives[then] for first, then in itertools.combinations(chosen, 2))
-
-    orders = [chosen for chosen in itertools.permutations(range(len(roles))) if legal(chosen)]
-    if not orders:
-        raise ValueError("each of the roles waits at a barrier for another: not for the CPU target, which runs them one after another")
-    return [roles[i] for i in orders[order % len(orders)]]
-
-
-def _steps(stmt):
-    """The statements of a sequence, of one in it too."""
-    return [step for part in stmt.seq for step in _steps(part)] if isinstance(stmt, tirx.SeqStmt) else [stmt]
-
-
-def _only_loop(role):
-    """The one loop in order that a role is, beside what comes before and after; None where there is none, or several."""
-    found = [step for step in _steps(role) if isinstance(step, tirx.For) and step.kind == tirx.ForKind.SERIAL]
-    return found[0] if len(found) == 1 and isinstance(found[0].min, tirx.IntImm) else None
-
-
-def _end(loop):
-    """Where a loop ends; loops that end together may take turns, whichever begins later."""
-    return str(tvm.arith.Analyzer().simplify(loop.min + loop.extent))
-
-
-def _beginning(steps):
-    """Index and name of the barrier that an iteration begins at, nothing but waiting before it; (None, None) where there is none."""
-    for i, step in enumerate(steps):
-        waits, arrives = _barriers(step)
-        if waits and isinstance(step, tirx.Evaluate):
-            return i, waits
-        if waits or arrives or _find(step, lambda node: isinstance(node, (tirx.BufferStore, tirx.For, tirx.While))):
-            break
-    return None, None
-
-
-def _fuse(roles, loops, order):
-    """What the roles do before their loops, one loop in which they take turns, and what they do after. Where all begin an iteration at one
-    barrier, all of them have ended the one before, as in one loop. A loop that begins later is left out of the iterations before.
-    """
-    before, after, bodies = [], [], []
-    first = min(loops, key=lambda loop: int(loop.min))
-    for role, loop in zip(roles, loops, strict=True):
-        steps = _steps(role)
-        at = next(i for i, step in enumerate(steps) if step.same_as(loop))
-        before += steps[:at]
-        after += steps[at + 1 :]
-        bodies.append(_steps(tirx.stmt_functor.substitute(loop.body, {loop.loop_var: first.loop_var})))
-    begin = [_beginning(steps) for steps in bodies]
-    if all(name is not None and name == begin[0][1] for _, name in begin):
-        bodies = [[*steps[:at], *steps[at + 1 :]] for steps, (at, _) in zip(bodies, begin, strict=True)]
-    bodies = [tirx.SeqStmt(steps) if len(steps) > 1 else steps[0] for steps in bodies]
-    bodies = [
-        body if int(loop.min) == int(first.min) else tirx.IfThenElse(first.loop_var >= loop.min, body, None)
-        for body, loop in zip(bodies, loops, strict=True)
-    ]
-    body = tirx.SeqStmt(_arrange(bodies, order))
-    return [*before, tirx.For(first.loop_var, first.min, first.extent, tirx.ForKind.SERIAL, body), *after]
-
-
-def _lower_roles(body, order):
-    """One thread plays every role: branches on the thread index all run. It has no other use on this target."""
-    threads = {
-        bind.var for bind in _find(body, lambda node: isinstance(node, tirx.stmt.Bind) and _op(node.value) == "tl.launch_thread_idx")
-    }
-
-    def uses_thread(node):
-        return bool(_find(node, lambda part: isinstance(part, tirx.Var) and part in threads))
-
-    def conjuncts(node):
-        return [*conjuncts(node.a), *conjuncts(node.b)] if isinstance(node, tirx.And) else [node]
-
-    def is_role(condition):
-        """A thread index compared with a number."""
-        if not isinstance(condition, COMPARE):
-            return False
-        kinds = {"thread" if side in threads else "number" if isinstance(side, tirx.IntImm) else "" for side in (condition.a, condition.b)}
-        return kinds == {"thread", "number"}
-
-    def branches(stmt):
-        """Branches of an if that chooses among roles, of all its elifs too."""
-        if not (isinstance(stmt, tirx.IfThenElse) and uses_thread(stmt.condition)):
-            return [stmt]
-        parts = conjuncts(stmt.condition)
-        others = [part for part in parts if not uses_thread(part)]
-        if any(uses_thread(part) and not is_role(part) for part in parts) or (others and stmt.else_case):
-            raise ValueError(f"a role is chosen by comparing the thread index with a number, got: {stmt.condition}")
-        role = stmt.then_case if not others else tirx.IfThenElse(functools.reduce(tirx.And, others), stmt.then_case, None)
-        return [role, *(branches(stmt.else_case) if stmt.else_case else [])]
-
-    def lower(stmt):
-        if not uses_thread(stmt.condition):
-            return None
-        roles = branches(stmt)
-        loops = [_only_loop(role) for role in roles]
-        if len(roles) > 1 and None not in loops and len(set(map(_end, loops))) == 1:
-            roles = _fuse(roles, loops, order)
-        else:
-            roles = _arrange(roles, order)
-        roles = [transform(role) for role in roles]
-        return tirx.SeqStmt(roles) if len(roles) > 1 else roles[0]
-
-    def transform(stmt):
-        return tirx.stmt_functor.ir_transform(stmt, lower, None, ["tirx.IfThenElse"])
-
-    body = transform(body) if threads else body
-    if threads and uses_thread(body):
-        raise ValueError("the thread index may only choose roles on the CPU target: `if tx < 128`")
-    return body
-
-
 def _is_waiting(stmt):
-    return isinstance(stmt, tirx.While) and bool(_find(stmt, lambda node: _op(node) == "tl.atomic_load_elem_op"))
+    return isinstance(stmt, tirx.While) and bool(find(stmt, lambda node: op_of(node) == "tl.atomic_load_elem_op"))
 
 
 def _lower_waiting(body, stop):
@@ -352,12 +207,12 @@ def _lower_waiting(body, stop):
 
 
 def _lower_atomic(call):
-    name = ATOMICS.get(_op(call))
+    name = ATOMICS.get(op_of(call))
     if name is None:
         return None
     address = call.args[0]
     values = [] if name == "cpu_load" else [call.args[1]]  # then, if at all, the order
-    dtype = str(address.args[0].dtype) if _op(address) == "tl.access_ptr" else "pointer"
+    dtype = str(address.args[0].dtype) if op_of(address) == "tl.access_ptr" else "pointer"
     if dtype not in ("int32", "uint32", "int64", "uint64"):
         raise ValueError(f"atomics on the CPU target: got {dtype}, wanted elements of 32 or 64 bit integers")
     return tirx.call_extern(
@@ -367,7 +222,7 @@ def _lower_atomic(call):
 
 def _grid(func):
     """The loops over blocks, x first."""
-    loops = _find(func.body, lambda node: isinstance(node, tirx.For) and node.thread_binding is not None)
+    loops = find(func.body, lambda node: isinstance(node, tirx.For) and node.thread_binding is not None)
     loops = [loop for loop in loops if loop.thread_binding.thread_tag.startswith("blockIdx.")]
     return sorted(loops, key=lambda loop: loop.thread_binding.thread_tag)
 
@@ -395,9 +250,9 @@ def _one_block(func):
 
 
 def to_cpu(func, order=0, stop=None):
-    """Rewrite a CUDA PrimFunc for target ``c``. bfloat16 arguments become float32. ``order``: see :func:`_arrange`."""
+    """Rewrite a CUDA PrimFunc for target ``c``. bfloat16 arguments become float32. ``order``: see tl_kernels/cpu_roles.py."""
     _register_intrinsics()
-    body = _lower_waiting(_lower_roles(func.body, order), stop)
+    body = _lower_waiting(lower_roles(func.body, order), stop)
     func = func.with_body(tirx.stmt_functor.ir_transform(body, None, _lower_atomic, ["tirx.Call"]))
     tree = json.loads(tvm.ir.save_json(_lower_tile_ops(func)))
     nodes = tree["nodes"]
@@ -451,7 +306,7 @@ def compile_cpu(func, concurrent=None, order=0, timeout=120.0):
     legal orders of a block's roles.
     """
     if concurrent is None:
-        concurrent = bool(_find(func.body, _is_waiting))
+        concurrent = bool(find(func.body, _is_waiting))
     if not concurrent:
         return _compile(to_cpu(func, order))
     func, stop, grid = _one_block(func)
