@@ -138,14 +138,19 @@ def cached_shared_bytes(folder: Path) -> int | None:
     return max(map(int, launches)) if launches else None
 
 
-def lowered_shared_bytes(kernel: Kernel, func: Any, cfg: Config, target: str) -> int:
-    """Exact dynamic shared memory, from lowering without nvcc."""
+def lowered(kernel: Kernel, func: Any, cfg: Config, target: str) -> Any:
+    """TileLang's artifact of a program, source and functions as they are compiled, without nvcc."""
     import tilelang
     from tilelang import tvm
 
     tl_target = tvm.target.Target({"kind": "cuda", "arch": target})
     with tvm.transform.PassContext(opt_level=3, config=dict(kernel.pass_configs(cfg))), tl_target:
-        return _device_shared_bytes(tilelang.lower(func, target=tl_target))
+        return tilelang.lower(func, target=tl_target)
+
+
+def lowered_shared_bytes(kernel: Kernel, func: Any, cfg: Config, target: str) -> int:
+    """Exact dynamic shared memory, from lowering without nvcc."""
+    return _device_shared_bytes(lowered(kernel, func, cfg, target))
 
 
 def _device_shared_bytes(artifact: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from tl_kernels.spec import Kernel, Problem
+from tl_kernels.spec import Kernel, Problem, Tensor
 
 Shape = tuple[int, ...]
 Make = Callable[[torch.Generator, Shape, torch.device, Problem], torch.Tensor]
@@ -49,9 +49,15 @@ SPECIAL: dict[str, Make] = {
 }
 
 
-#: Leading size of inputs that another program wrote once per split: dphi's and the projections' parts, and dab's, of which the coefficient
-#: kernels write as many as they have blocks. With three ``sum_parts`` was tuned for a sum that it hardly had (17 us instead of 7).
+#: Leading size of inputs that another program wrote once per split, by its name: dphi's and the projections' parts, and dab's, of which the
+#: coefficient kernels write as many as they have blocks. Timed with three, ``sum_parts`` was tuned to take 17 us of a boundary instead of 3
+#: (H200, C = 7168; results/notes.md, 2026-11-30, fifth session).
 SPLITS = {"S": 3, "S2": 256}
+
+
+def splits_of(tensor: Tensor) -> int:
+    """Of an input; 1 where nobody wrote it in splits."""
+    return SPLITS.get(tensor.dims.split()[0], 1)
 
 
 def make_inputs(kernel: Kernel, p: Problem, T: int, seed: int, device: str | torch.device = "cpu") -> tuple[torch.Tensor, ...]:
@@ -61,7 +67,7 @@ def make_inputs(kernel: Kernel, p: Problem, T: int, seed: int, device: str | tor
     for tensor in kernel.inputs:
         generator = torch.Generator(device=device)
         generator.manual_seed(seed * 1_000_003 + zlib.crc32(f"{tensor.name}|{p.n}|{p.C}|{T}".encode()))
-        value = SPECIAL.get(tensor.name, _normal)(generator, tensor.shape(p, T, SPLITS.get(tensor.dims.split()[0], 1)), device, p)
+        value = SPECIAL.get(tensor.name, _normal)(generator, tensor.shape(p, T, splits_of(tensor)), device, p)
         values[tensor.name] = value.to(getattr(torch, tensor.dtype_name(p))).contiguous()
     if "rinv" in values and "x" in values:
         # a backward may use either rinv or x: they must belong together

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.conftest import assert_close
-from tests.tl_kernels.checks import COEFFICIENTS, check, launcher, problems
+from tests.tl_kernels.checks import COEFFICIENTS, FEW_COEFFICIENTS, check, launcher, problems
 from tl_kernels import reference
 from tuner.inputs import make_inputs
 
 
-@problems([case for case in COEFFICIENTS if case[0] in (1, 2, 4, 7, 8)], COEFFICIENTS)
+@problems(FEW_COEFFICIENTS, COEFFICIENTS)
 @pytest.mark.parametrize("name", ["coefficients", "coefficients_bwd"])
 def test_matches_the_reference(name, device, n, C, dtype):
     check(name, device, n, C, dtype, tokens=(1, 37, 1000))

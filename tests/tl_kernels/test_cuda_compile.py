@@ -8,13 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
-import tilelang
-from tilelang import tvm
 
 from tl_kernels import KERNELS, NAMES, WHOLE
 from tl_kernels.launch import compile_kernel
 from tl_kernels.spec import SHARED_LIMIT
 from tl_kernels.whole import SPACE, registers_of
+from tuner.compile_job import lowered, lowered_shared_bytes
 from tuner.fingerprint import fingerprint
 
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -37,13 +36,6 @@ def compile_default(name, arch):
     kernel = KERNELS[name]
     p = kernel.problem(4 if arch == "sm_90a" and name != "pre_streams_grad" else 2, 2560)
     return compile_kernel(kernel, p, kernel.default(p), arch).get_kernel_source()
-
-
-def lower(kernel, p, cfg):
-    """Source and functions for sm_90a, as they are compiled, without nvcc."""
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
-    with tvm.transform.PassContext(opt_level=3, config=dict(kernel.pass_configs(cfg))), target:
-        return tilelang.lower(kernel.build(p, cfg), target=target)
 
 
 @nvcc
@@ -80,7 +72,8 @@ def test_reads_of_phi_stay_within_it_where_a_slice_sticks_out():
     """Under a condition TileLang drops a T.min that the condition makes needless, and loads before the condition."""
     kernel = KERNELS["project_pre"]
     p = kernel.problem(4, 2568)
-    source = lower(kernel, p, kernel.default(p)).kernel_source
+    cfg = kernel.default(p)
+    source = lowered(kernel, kernel.build(p, cfg), cfg, "sm_90a").kernel_source
     loads = [line for line in source.splitlines() if "(phi + " in line or " phi[" in line]
     assert loads
     assert all("min(" in line for line in loads)
@@ -128,7 +121,7 @@ def test_a_thread_copies_what_it_reads(name, cfg):
     kernel, cfg = KERNELS[name], dict(zip(SPACE, cfg, strict=True))
     p = kernel.problem(4, 2560)
     place, threads = cfg["block_T"] * 4 * cfg["block_C"], cfg["threads"]
-    first, *others = places_of_threads(lower(kernel, p, cfg).kernel_source, place, threads)
+    first, *others = places_of_threads(lowered(kernel, kernel.build(p, cfg), cfg, "sm_90a").kernel_source, place, threads)
     assert len(others) == 3, "copies before the loop and in it, reads for u and for the work"
     assert len(np.unique(first)) * 8 == place
     for other in others:
@@ -139,5 +132,5 @@ def test_a_thread_copies_what_it_reads(name, cfg):
 def test_default_fits_the_smallest_shared_memory(name):
     kernel = KERNELS[name]
     p = kernel.problem(8, 7168, "float32")
-    (function,) = (f for _, f in lower(kernel, p, kernel.default(p)).device_mod.functions.items())
-    assert int(function.attrs.get("dyn_shared_memory_buf", 0) or 0) <= min(SHARED_LIMIT.values()) * 1024
+    cfg = kernel.default(p)
+    assert lowered_shared_bytes(kernel, kernel.build(p, cfg), cfg, "sm_90a") <= min(SHARED_LIMIT.values()) * 1024

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from tests.tl_kernels.checks import check, check_graphs, check_scratch, launcher
+from tests.tl_kernels.checks import check, check_graphs, check_order, check_scratch, launcher
 from tl_kernels import KERNELS, launch
-from tl_kernels.cpu import available, compile_cpu
+from tl_kernels.cpu import available
 from tl_kernels.launch import Launcher
 from tl_kernels.pre_streams_grad import shared_bytes
-from tuner import gate
 from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
@@ -61,14 +60,7 @@ def test_matches_the_reference(device, n, C, changes):
 @pytest.mark.skipif(not available(), reason="no C++ compiler for the CPU target")
 @pytest.mark.parametrize(("order", "changes"), [(1, {}), (5, KEPT), (23, KEPT)])
 def test_roles_in_every_order_their_barriers_allow(monkeypatch, order, changes):
-    """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race."""
-    p = KERNEL.problem(1, 200)
-    cfg = {**SMALL, "lag": 3, **changes}
-    monkeypatch.setattr(launch, "_ready", lambda *_: compile_cpu(KERNEL.build(p, cfg), order=order))
-    run = Launcher(KERNEL, p, cfg, "cpu")
-    inputs = make_inputs(KERNEL, p, 300, 0)
-    for _ in range(2):
-        gate.check(run, gate.Case(300, inputs, gate.reference_fp64(KERNEL, p, inputs)))
+    check_order(monkeypatch, KERNEL, KERNEL.problem(1, 200), {**SMALL, "lag": 3, **changes}, order, 300)
 
 
 @pytest.mark.gpu

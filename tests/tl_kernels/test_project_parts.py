@@ -5,11 +5,11 @@ import itertools
 import pytest
 
 from tests.tl_kernels.checks import FEW, check, problems
-from tests.tl_kernels.test_cuda_compile import lower
 from tl_kernels import KERNELS
 from tl_kernels.mma import padded
 from tl_kernels.pieces import pieces
 from tl_kernels.spec import MAX_N
+from tuner.compile_job import lowered
 
 
 @problems(FEW)
@@ -56,7 +56,7 @@ def test_every_thread_loads_as_much_of_phi(n):
 def test_one_barrier_a_tile(n, cfg):
     kernel = KERNELS["project_parts"]
     cfg = {**dict(zip(("block_T", "block_K", "splits", "threads", "stages"), cfg, strict=True)), "mma": "bf16", "overlap": 1}
-    source = lower(kernel, kernel.problem(n, 1280), cfg).kernel_source
+    source = lowered(kernel, kernel.build(kernel.problem(n, 1280), cfg), cfg, "sm_90a").kernel_source
     loop, after = source.split("for (int k = 0;")[1].split("AllReduce")[:2]
     assert loop.count("__syncthreads();") == 1
     # copies of this tile have arrived and are seen by the product; the next ones overwrite what all have read

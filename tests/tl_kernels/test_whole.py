@@ -2,15 +2,12 @@
 
 import pytest
 
-from tests.tl_kernels.checks import check, check_graphs, check_scratch, launcher
-from tl_kernels import KERNELS, WHOLE, launch
-from tl_kernels.cpu import available, compile_cpu
-from tl_kernels.launch import Launcher
+from tests.tl_kernels.checks import check, check_graphs, check_order, check_scratch, launcher
+from tl_kernels import KERNELS, WHOLE
+from tl_kernels.cpu import available
 from tl_kernels.meeting import scratch_size
 from tl_kernels.whole import group_of, shared_bytes
-from tuner import gate
 from tuner.compile_job import lowered_shared_bytes
-from tuner.inputs import make_inputs
 
 # n, C, configuration: one block or several to a group, one group or several, a ragged last slice, more than one part of a tile. slack and
 # early: test_roles_in_every_order_their_barriers_allow
@@ -119,16 +116,11 @@ def test_matches_the_reference(name, device, n, C, cfg):
     ],
 )
 def test_roles_in_every_order_their_barriers_allow(monkeypatch, order, levels, slack, early, word, roles):
-    """On the CPU one thread plays all roles of a block: another order must not matter, or two roles race. An order or two of each kind."""
+    """An order or two of each kind."""
     kernel = KERNELS["post_res_project_pre"]
-    p = kernel.problem(4, 136 if levels == 1 else 264)
     knobs = {"levels": levels, "slack": slack, "early": early, "word": word, "roles": roles}
     cfg = {**SMALL, **knobs, "block_C": 128 if levels == 1 else 64}
-    monkeypatch.setattr(launch, "_ready", lambda *_: compile_cpu(kernel.build(p, cfg), order=order))
-    run = Launcher(kernel, p, cfg, "cpu")
-    inputs = make_inputs(kernel, p, 50, 0)
-    for _ in range(2):
-        gate.check(run, gate.Case(50, inputs, gate.reference_fp64(kernel, p, inputs)))
+    check_order(monkeypatch, kernel, kernel.problem(4, 136 if levels == 1 else 264), cfg, order, 50)
 
 
 @pytest.mark.gpu

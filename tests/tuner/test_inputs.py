@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tl_kernels import KERNELS, NAMES
-from tuner.inputs import make_inputs
+from tuner.inputs import make_inputs, splits_of
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -13,7 +13,7 @@ def test_inputs_have_the_specs_shapes_and_dtypes_and_repeat(name):
     p = kernel.problem(3, 40, "float16")
     first, second, other = (make_inputs(kernel, p, 5, seed) for seed in (0, 0, 1))
     for tensor, a, b, c in zip(kernel.inputs, first, second, other, strict=True):
-        assert tuple(a.shape[tensor.split :]) == tensor.shape(p, 5)[tensor.split :], tensor.name
+        assert tuple(a.shape) == tensor.shape(p, 5, splits_of(tensor)), tensor.name
         assert a.dtype is getattr(torch, tensor.dtype_name(p)), tensor.name
         assert a.is_contiguous()
         assert torch.isfinite(a).all()
