@@ -16,24 +16,29 @@ def across(p):
     return padded(p.M + 3, ROLE // LANES)
 
 
-def add_dab(p, cfg, barrier):
-    """Macro ``add(s, S2, dab_S, dalpha, db, dab_s, sum_s, dab)``: this split's share of dab_S [S2, M + 3], and dalpha [block_T] and
-    db [n, block_T] as the role's threads hold them, into dab [splits, M + 3]. ``dab_s`` [LANES, across] and ``sum_s`` [1 or more, n + 1,
-    block_T] are shared memory, ``barrier`` is the role's.
+def dab_macros(p, cfg, barrier):
+    """Macros ``add_rows(s, S2, dab_S, part, parts, dab_f, dab_s)``, of the ``part``-th of ``parts`` of this split's share of dab_S
+    [S2, M + 3], to be called for each in turn, and ``write(s, dalpha, db, dab_s, sum_s, dab)``: with dalpha [block_T] and db [n, block_T]
+    as the role's threads hold them into dab [splits, M + 3]. ``dab_f`` is a fragment and ``dab_s`` shared memory of [LANES, across],
+    ``sum_s`` of [1 or more, n + 1, block_T], ``barrier`` the role's.
     """
     n, L, width, bt, splits = p.n, p.M + 3, across(p), cfg["block_T"], cfg["splits"]
 
     @T.macro
-    def add(s, S2, dab_S, dalpha, db, dab_s, sum_s, dab):
-        dab_f = T.alloc_fragment((LANES, width), ACC)
-        sum_f = T.alloc_fragment((ROLE,), ACC)
-        T.clear(dab_f)
-        for k in T.serial(T.ceildiv(T.ceildiv(S2 - s, splits), LANES)):
+    def add_rows(s, S2, dab_S, part, parts, dab_f, dab_s):
+        if part == 0:
+            T.clear(dab_f)
+        for k in T.serial(T.ceildiv(T.ceildiv(S2 - s, splits), LANES * parts)):
             for lane, q in T.Parallel(LANES, width):
-                at = (k * LANES + lane) * splits + s
+                at = ((k * parts + part) * LANES + lane) * splits + s
                 dab_f[lane, q] += T.if_then_else(at < S2 and q < L, dab_S[T.min(at, S2 - 1), T.min(q, L - 1)], 0.0)
-        for lane, q in T.Parallel(LANES, width):
-            dab_s[lane, q] = dab_f[lane, q]
+        if part == parts - 1:
+            for lane, q in T.Parallel(LANES, width):
+                dab_s[lane, q] = dab_f[lane, q]
+
+    @T.macro
+    def write(s, dalpha, db, dab_s, sum_s, dab):
+        sum_f = T.alloc_fragment((ROLE,), ACC)
         for t in T.Parallel(bt):
             sum_s[0, 0, t] = dalpha[t]
         for j, t in T.Parallel(n, bt):
@@ -51,4 +56,4 @@ def add_dab(p, cfg, barrier):
             if q < L:
                 dab[s, q] = sum_f[q]
 
-    return add
+    return add_rows, write

@@ -24,7 +24,7 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.gate_sums import LANES, across, add_dab
+from tl_kernels.gate_sums import LANES, across, dab_macros
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pre_streams_grad_kept import build_kept, invalid_kept, scratch_of_kept, shared_bytes_of_kept
@@ -67,7 +67,7 @@ def build(p, cfg):
     rest = M - n + 1
     share = ceildiv(pieces, 2)  # pieces that a thread adds up: two to a token
     leave, number = leave_of(G, counters, ring), number_of(ring)
-    L, add = M + 3, add_dab(p, cfg, GATES)
+    L, (add_rows_of_dab, write_dab) = M + 3, dab_macros(p, cfg, GATES)
     T_ = T.dynamic("T")
     S2_ = T.dynamic("S2")
 
@@ -172,6 +172,7 @@ def build(p, cfg):
             zs_s = T.alloc_shared((2, n + 1, bt), ACC)
             part_s = T.alloc_shared((rounds, n, WARPS), ACC)
             dab_s = T.alloc_shared((LANES, across(p)), ACC)
+            dab_f = T.alloc_fragment((LANES, across(p)), ACC)
             sum_s = T.alloc_shared((2, n + 1, bt), ACC)
             g_TK = T.alloc_fragment((bt, kg), ACC)
             dphi_KN = T.alloc_fragment((kp, N), ACC)
@@ -283,7 +284,8 @@ def build(p, cfg):
                         T.named_barrier_arrive(READY, threads + ROLE)
                 if block == 0:
                     T.sync_threads(GATES, ROLE)
-                    add(s, S2_, dab_S, dalpha, db, dab_s, sum_s, dab)
+                    add_rows_of_dab(s, S2_, dab_S, 0, 1, dab_f, dab_s)
+                    write_dab(s, dalpha, db, dab_s, sum_s, dab)
             elif tx < 2 * ROLE:
                 T.set_max_nreg(ROWS_REGISTERS, 1)
                 for i in T.serial(mine + lag):
@@ -465,6 +467,7 @@ pre_streams_grad = Kernel(
     shortcut=True,
     scratch=scratch_of,
     seeds=(
+        *(_config(64, splits, 4, keep=1, ahead=2, turns=3, widen=2) for splits in (3, 2, 1, 4, 6)),
         *(_config(64, splits, 3, keep=1, ahead=2, turns=4, widen=2) for splits in (3, 2, 1, 4, 6)),
         _config(128, 6, 3, keep=1, ahead=2, turns=4, widen=2),
         *(_config(64, splits, lag) for splits, lag in ((3, 2), (2, 2), (1, 2), (3, 3))),

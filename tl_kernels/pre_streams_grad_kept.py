@@ -3,11 +3,15 @@
 A block keeps its slice of the channels of ``lag`` tiles of 32 tokens and has four roles, each at another tile; all begin an iteration
 together:
 
-    gates  from the totals of tile i - ``totalled``, asked for late, dz and c
+    gates  from the totals of tile i - ``totalled`` dz and c; before there are any, the sums of dab
     rows   what tile i adds to dH_pre, published; dphi of tile i - lag
-    give   stores dx of tile i - lag - 1; asks for x and du ``ahead`` iterations before they are needed, for dy into a place whose dx has
-           left; adds up a share of what all blocks have published of tile i - ``summed``: a warp for each of these, and one for the rest
+    give   stores dx of tile i - lag - 1; asks for x and du ``ahead`` iterations before they are needed, for dy of a later tile as soon as
+           that dx has left its place; adds up a share of what all blocks have published of tile i - ``summed``: a warp for each of these,
+           and one for the rest
     main   dx of tile i - lag, in dy's place: phi stays in its registers, as the right operand of a product of 32 tokens
+
+Blocks are late by turns, and ``lag`` is how late one may be before the others wait: four tiles and three places for dy instead of three and
+four took 153 us instead of 158 at C = 2560, 223 instead of 245 at 7168 (results/notes.md, 2026-11-30, sixth session).
 
 The meeting is that of tl_kernels/relay.py with n words a token. x, du, dy and dx go by TMA: as copies of 16 bytes a thread they were 570
 instructions of one warp, one after another, and took 400 us instead of 169 at 8192x4x2560 (results/notes.md, 2026-11-30, third session).
@@ -20,7 +24,7 @@ import tilelang.language as T
 
 from tl_kernels.channel_slice import column_of, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
-from tl_kernels.gate_sums import LANES, across, add_dab
+from tl_kernels.gate_sums import LANES, across, dab_macros
 from tl_kernels.meeting import ROLE, leave_of, number_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.shares import shares, shares_size
@@ -30,13 +34,12 @@ from tl_kernels.widen import widen
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, GATES, ROWS, SHARE = 3, 4, 5, 6
 WARP = 32
+#: Rows of the operand of phi that main reads at a time.
+PHI_ROWS = 16
 #: Places of the small tensors: two tiles are on their way while one is used.
 SMALL = 3
 #: Registers a thread of each role, together the 480 of the 96 that five warpgroups begin with.
 REGISTERS = {"gates": (56, 0), "rows": (104, 1), "give": (48, 0), "main": (136, 1)}
-#: Nanoseconds that gates wait before they ask for the totals. One that is not there yet costs a memory latency more, and of the 32 that a
-#: warp asks for one often is not: 281 us instead of 253 at C = 4096 where they asked first thing (results/h200/early_words.txt).
-PAUSE = 100
 #: Lanes that share a word, each with some of the blocks.
 MOST_LANES = 16
 
@@ -60,7 +63,8 @@ def build_kept(p, cfg):
     beside = ROLE // bt  # threads that share a token's channels
     pieces = tuple(range(bc // (beside * vec)))
     streams = tuple(range(n))
-    number, leave, add = number_of(ring), leave_of(G, counters, ring), add_dab(p, cfg, GATES)
+    number, leave = number_of(ring), leave_of(G, counters, ring)
+    add_rows_of_dab, write_dab = dab_macros(p, cfg, GATES)
     partial, its, total = shares(G, splits, words, share, lanes, ring)
     by_rows = T.GemmWarpPolicy.FullRow
     T_ = T.dynamic("T")
@@ -134,14 +138,14 @@ def build_kept(p, cfg):
             nothing(3)
 
     @T.macro
-    def stage_phi(phi, c0, phi_f, count, first):
-        """Rows ``first`` to ``first + count`` of phi's high parts and, below them, its low ones."""
+    def stage_phi(phi, c0, phi_f, first, above):
+        """Rows from ``first`` on of a part of the operand, which has ``above`` rows above it: phi's high parts, then its low ones."""
         for j in streams:
-            for r, c in T.Parallel(count, bc):
-                m = first + r
+            for r, c in T.Parallel(PHI_ROWS, bc):
+                m = above + first + r
                 row = T.min(T.if_then_else(m < M, m, m - M), M - 1)
                 value = T.if_then_else(m < 2 * M and c0 + c < C, phi[row, T.min(j * C + c0 + c, K - 1)], 0.0)
-                phi_f[r, column(j, c)] = T.if_then_else(m < M, high(value, dtype), low(value, dtype))
+                phi_f[first + r, column(j, c)] = T.if_then_else(m < M, high(value, dtype), low(value, dtype))
 
     @T.macro
     def add_rows(tile, x_s, du_s, part_s, fragments):
@@ -245,6 +249,7 @@ def build_kept(p, cfg):
             part_s = T.alloc_shared((beside, n * bt), ACC)
             others_s = T.alloc_shared((lanes * share,), ACC)
             dab_s = T.alloc_shared((LANES, across(p)), ACC)
+            dab_f = T.alloc_fragment((LANES, across(p)), ACC)
             sum_s = T.alloc_shared((1, n + 1, bt), ACC)
             dz_tiles = (left_s, right_s)
             phi_f = T.alloc_fragment((N, kg), dtype)
@@ -296,19 +301,22 @@ def build_kept(p, cfg):
                 gain0 = alpha[0]
                 T.clear(db)
                 T.clear(dalpha)
-                for i in T.serial(mine + lag + 1):
+                for k in T.unroll(totalled):
+                    T.sync_threads(TOP, everyone)
+                    if block == 0:
+                        add_rows_of_dab(s, S2_, dab_S, k, totalled, dab_f, dab_s)
+                for i in T.serial(totalled, mine + lag + 1):
                     tile = i - totalled
                     t0 = start_of(tile, s)
                     at = tile % SMALL
                     T.sync_threads(TOP, everyone)
-                    if tile >= 0 and tile < mine:
+                    if tile < mine:
                         for m, t in T.Parallel(rest - 1, bt):
                             put_dz(i % 2, n + m, t, dzs_s[at, m, t], dz_tiles)
                         for j, t in T.Parallel(n, bt):
                             r = zs_s[at, n, t]
                             h = gain[j, t] * T.if_then_else(r > 0, zs_s[at, j, t] * r, 0.0) + bias[j, t]
                             slope[j, t] = T.if_then_else(t0 + t < T_, sigmoid(h) * (1.0 - sigmoid(h)), 0.0)
-                        T.call_extern("handle", "__nanosleep", T.uint32(PAUSE))
                         use = number(epoch, tile)
                         for j, t in T.Parallel(n, bt):
                             word[j, t] = T.atomic_load(scratch[total(s, use, j * bt + t)], memory_order="relaxed")
@@ -335,7 +343,7 @@ def build_kept(p, cfg):
                             c_s[i % 2, t] = (dzs_s[at, rest - 1, t] - gain0 * d * r * r) * (1.0 / K)
                         T.fence_proxy_async()
                 if block == 0:
-                    add(s, S2_, dab_S, dalpha, db, dab_s, sum_s, dab)
+                    write_dab(s, dalpha, db, dab_s, sum_s, dab)
             elif tx < 2 * ROLE:
                 T.set_max_nreg(*REGISTERS["rows"])
                 T.clear(dphi_KN)
@@ -374,8 +382,8 @@ def build_kept(p, cfg):
                         wait(i + 1, mine, full, 0, ahead + 1)
                     elif tx < 2 * ROLE + 2 * WARP:
                         write_dx(i - 1 - lag, s, c0, dx, dy_s)
-                        T.tma_store_wait(n)  # but for those just begun
-                        ask_dy(i - lag + turns - 2, mine, s, c0, dy, dy_s, full)
+                        T.tma_store_wait(0)  # the places have been read
+                        ask_dy(i - lag + turns - 1, mine, s, c0, dy, dy_s, full)
                         wait(i + 1 - lag, mine, full, ahead + 1, turns)
                     elif tx < 2 * ROLE + 3 * WARP:
                         if i >= summed and i < mine + summed:
@@ -387,15 +395,19 @@ def build_kept(p, cfg):
                 T.tma_store_wait(0)
             else:
                 T.set_max_nreg(*REGISTERS["main"])
-                stage_phi(phi, c0, phi_f, N, 0)
-                if wide_K > N:
-                    stage_phi(phi, c0, rest_f, wide_K - N, N)
-                for i in T.serial(mine + lag + 1):
+                # phi a few rows at a time while there is no tile yet, so that nobody waits for them
+                for k in T.unroll(lag):
+                    T.sync_threads(TOP, everyone)
+                    if k * PHI_ROWS < N:
+                        stage_phi(phi, c0, phi_f, k * PHI_ROWS, 0)
+                    elif k * PHI_ROWS < wide_K:
+                        stage_phi(phi, c0, rest_f, k * PHI_ROWS - N, N)
+                for i in T.serial(lag, mine + lag + 1):
                     at = (i - lag) % places
                     turn = (i - lag) % turns
                     st = (i - lag) % SMALL
                     T.sync_threads(TOP, everyone)
-                    if i >= lag and i < mine + lag:
+                    if i < mine + lag:
                         read_rows(turn, dy_s, at, du_s, dy_f, du_f)
                         T.gemm(left_s[(i - 1) % 2, 0:N, :], phi_f, g_TK, transpose_A=True, clear_accum=True, policy=by_rows)
                         T.gemm(right_s[(i - 1) % 2, :, :], phi_f, g_TK, transpose_A=True, policy=by_rows)
@@ -461,8 +473,8 @@ def invalid_kept(p, cfg):
     bt, bc, threads, lag, ahead = (cfg[k] for k in ("block_T", "block_C", "threads", "lag", "ahead"))
     if bt != 32 or threads != 256:
         return f"keep=1, block_T={bt}, threads={threads}: wanted 32 tokens and 256 threads, for which there are registers"
-    if lag < 3 or ahead < 1 or not 2 < cfg["turns"] <= lag + 2:
-        return f"keep=1, lag={lag}, ahead={ahead}, turns={cfg['turns']}: wanted lag from 3, turns from 3 on and at most lag + 2"
+    if lag < 3 or ahead < 1 or not 1 < cfg["turns"] <= lag + 1:
+        return f"keep=1, lag={lag}, ahead={ahead}, turns={cfg['turns']}: wanted lag from 3, turns from 2 on and at most lag + 1"
     if bc % (8 * slices(cfg)) or p.n * bc > 256:
         return f"keep=1, block_C={bc}: wanted a multiple of {8 * slices(cfg)} channels, at most {256 // p.n}"
     if share_of(p, cfg) > WARP:
