@@ -34,7 +34,7 @@ from tl_kernels.widen import widen
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.
 TOP, GATES, ROWS, SHARE = 3, 4, 5, 6
 WARP = 32
-#: Rows of the operand of phi that main reads at a time.
+#: Rows of the operand of phi that main reads at a time: the 48 of n = 4 in the three iterations at least that it has no tile.
 PHI_ROWS = 16
 #: Places of the small tensors: two tiles are on their way while one is used.
 SMALL = 3
