@@ -193,8 +193,9 @@ def test_fingerprints_of_another_architecture_are_refused(check, profile):
     assert "got fingerprints of sm_90a, wanted those of the profile's sm_100a" in out
 
 
-def test_the_profile_that_ships_has_a_fingerprint_for_each_of_its_programs_and_no_other():
-    path = packaged_dir() / "h100.yaml"
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_a_profile_that_ships_has_a_fingerprint_for_each_of_its_programs_and_no_other(gpu):
+    path = packaged_dir() / f"{gpu}.yaml"
     programs = programs_of(read_profile(path), StaticRequest())
     assert [p.name for p in programs if p.why_not] == []
     assert read_fingerprints(fingerprints_path(path)).programs.keys() == {p.name for p in programs}
