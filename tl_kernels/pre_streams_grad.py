@@ -25,9 +25,10 @@ from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.gate_sums import LANES, across, dab_macros
+from tl_kernels.kept_tiles import invalid_kept, scratch_of_kept, shared_bytes_of_kept
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
-from tl_kernels.pre_streams_grad_kept import build_kept, invalid_kept, scratch_of_kept, shared_bytes_of_kept
+from tl_kernels.pre_streams_grad_kept import build_kept
 from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
 from tl_kernels.streams_grad import DX
 from tl_kernels.widen import widths
