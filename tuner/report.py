@@ -58,7 +58,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """``missing``: what could not be shown, and why. ``folded``: a table to be opened."""
+    """``missing``: what was not shown, and why. ``folded``: a table to be opened. ``brief``: what a link to it says, if not the title."""
 
     anchor: str
     title: str
@@ -67,6 +67,7 @@ class Section:
     tables: tuple[tuple[str, Table], ...] = ()
     folded: tuple[tuple[str, Table], ...] = ()
     missing: tuple[str, ...] = ()
+    brief: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def render(devices: list[Device], request: ReportRequest) -> str:
     environment.filters["svg"] = Markup  # of our own making: tuner/report_svg.py
     # a word that can be an id, whatever a folder is called
     parts = [(f"d{i}", device, sections(f"d{i}", device)) for i, device in enumerate(devices)]
-    lead = next((text for device in devices if (text := summary(device))), None)
+    # the newest of a GPU, if there is one
+    said = [(d.bench.data.graph, d.bench.data.date, text) for d in devices if d.bench is not None and (text := summary(d))]
+    lead = max(said)[-1] if said else None
     return environment.get_template(TEMPLATE).render(
         lead=lead,
         devices=[
@@ -170,14 +173,16 @@ def summary(device: Device) -> str | None:
     return f"One boundary at T × n × C = {entry.shape}, {bench.dtype}, on one {bench.hardware.name}: {'; '.join(parts)}."
 
 
+#: A file of boundaries, and one shape of it.
+Run = tuple[File[Bench], ShapeResult]
+
+
 # -- the sections of a device -----------------------------------------------------------------------------------------------------
 
 
 def sections(name: str, device: Device) -> list[Section]:
     """All that is known of a device, in the order of the page; ``name``: a word to begin anchors with."""
-    runs = [file for file in (device.bench, *device.more) if file is not None]
-    shapes = [(file, entry) for file in runs for entry in file.data.shapes]
-    found = [_boundaries(f"{name}-{i}-boundary", file, entry, file is not device.bench) for i, (file, entry) in enumerate(shapes)]
+    found = [_boundaries(f"{name}-{i}-boundary", runs, device.bench) for i, runs in enumerate(_by_shape(device))]
     if not found:
         found = [Section(f"{name}-boundary", "Boundaries against rivals", missing=("no bench.json; measure with: mhc-tune bench",))]
     return [
@@ -197,7 +202,19 @@ def _shapes(file: File[Bench] | None) -> list[tuple[int, ShapeResult]]:
     return [] if file is None else list(enumerate(file.data.shapes))
 
 
-def _boundaries(name: str, file: File[Bench], entry: ShapeResult, dated: bool) -> Section:
+def _by_shape(device: Device) -> list[list[Run]]:
+    """The runs at each shape, that of bench.json first, then the newest; shapes of bench.json first."""
+    others = sorted(device.more, key=lambda file: file.data.date, reverse=True)
+    found: dict[str, list[Run]] = {}
+    for file in [*([device.bench] if device.bench else []), *others]:
+        for entry in file.data.shapes:
+            found.setdefault(entry.shape, []).append((file, entry))
+    return list(found.values())
+
+
+def _boundaries(name: str, runs: list[Run], main: File[Bench] | None) -> Section:
+    """The first of the ``runs`` at a shape, the others' tables folded."""
+    file, entry = runs[0]
     bench = file.data
     how = "CUDA-graph replay" if bench.graph else "wall clock"
     intro = (
@@ -218,8 +235,16 @@ def _boundaries(name: str, file: File[Bench], entry: ShapeResult, dated: bool) -
         svg = draw(name, "Boundaries against rivals", alt, lambda width: plots.boundaries(entry, bench.kind, width))
         charts = (Chart("Shorter is better. Blue: this project; grey: rivals; dashed: the floor.", svg),)
     table = tables.headline(entry, bench.kind)
-    title = f"Boundaries against rivals, {entry.shape}" + (f", run of {bench.date}" if dated else "")
-    return Section(name, title, intro, charts, (("", table),), missing=tuple(missing))
+    title = f"Boundaries against rivals, {entry.shape}"
+    older = tuple(
+        (
+            f"run of {was.data.date}" + ("" if was.data.complete else ", interrupted: not everything was measured"),
+            tables.headline(its, was.data.kind),
+        )
+        for was, its in runs[1:]
+    )
+    dated = title if file is main else f"{title}, run of {bench.date}"
+    return Section(name, dated, intro, charts, (("", table),), older, tuple(missing), title if file is main else entry.shape)
 
 
 def _pass_times(times: dict[str, Any], kind: str) -> list[str]:

@@ -597,15 +597,29 @@ def test_without_matplotlib_it_says_what_to_install(folder, monkeypatch):
         run_report(ReportRequest(folder / "results", folder / "profiles", folder / "x.html", False, ""))
 
 
-def test_other_runs_of_the_benchmark_are_shown_with_their_date(folder):
-    (folder / "results" / "h100" / "wide").mkdir()
-    other = result() | {"date": "2026-11-25 01:02 UTC", "command": "mhc-tune bench --out wide"}
-    (folder / "results" / "h100" / "wide" / "bench.json").write_text(json.dumps(other))
+def test_other_runs_of_the_benchmark_are_folded_below_the_first_of_their_shape(folder):
+    """That of bench.json comes first, of a shape that it has not the newest."""
+    for day, C in ((24, 4096), (25, 2560), (26, 4096)):
+        other = result() | {"date": f"2026-11-{day} 01:02 UTC", "command": f"mhc-tune bench --out wide{day}"}
+        other["shapes"][0]["C"] = C
+        (folder / "results" / "h100" / f"wide{day}").mkdir()
+        (folder / "results" / "h100" / f"wide{day}" / "bench.json").write_text(json.dumps(other))
     text = " ".join(Page(page_of(folder)).text.split())
-    assert (
-        text.count("Boundaries against rivals, 8192 × 4 × 2560, run of 2026-11-25 01:02 UTC") == 2
-    )  # in the contents and above the section
-    assert "mhc-tune bench --out wide" in text
+    assert text.count("Boundaries against rivals, 8192 × 4 × 2560") == 2  # in the contents and above the section
+    assert text.count("Boundaries against rivals, 8192 × 4 × 4096, run of 2026-11-26 01:02 UTC") == 1
+    assert "Boundaries against rivals, 8192 × 4 × 2560 8192 × 4 × 4096 " in text  # the contents
+    assert text.index(" run of 2026-11-25 01:02 UTC") < text.index("8192 × 4 × 4096, run of") < text.index(" run of 2026-11-24 01:02 UTC")
+    assert all(f"mhc-tune bench --out wide{day}" in text for day in (24, 25, 26))
+
+
+def test_the_page_begins_with_the_newest_run(folder):
+    (folder / "results" / "h200").mkdir()
+    newer = result() | {"date": "2026-12-01 01:02 UTC"}
+    newer["hardware"]["name"] = "NVIDIA H200"
+    (folder / "results" / "h200" / "bench.json").write_text(json.dumps(newer))
+    text = " ".join(Page(page_of(folder)).text.split())
+    assert "on one NVIDIA H200: forward" in text
+    assert "on one NVIDIA H100" not in text
 
 
 def test_a_check_in_which_nothing_moved_has_no_empty_table_and_says_its_alarms_once(folder):
