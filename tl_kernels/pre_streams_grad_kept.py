@@ -11,7 +11,7 @@ together:
     main   dx of tile i - lag, in dy's place: phi stays in its registers, as the right operand of a product of 32 tokens
 
 Blocks are late by turns, and ``lag`` is how late one may be before the others wait: four tiles and three places for dy instead of three and
-four took 153 us instead of 158 at C = 2560, 223 instead of 245 at 7168 (results/notes.md, 2026-11-30, sixth session).
+four took 154 us instead of 158 at C = 2560, 221 instead of 245 at 7168 (results/notes.md, 2026-11-30, sixth session).
 
 The meeting is that of tl_kernels/relay.py with n words a token. x, du, dy and dx go by TMA: as copies of 16 bytes a thread they were 570
 instructions of one warp, one after another, and took 400 us instead of 169 at 8192x4x2560 (results/notes.md, 2026-11-30, third session).
