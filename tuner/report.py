@@ -58,7 +58,9 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """``missing``: what was not shown, and why. ``folded``: a table to be opened. ``brief``: what a link to it says, if not the title."""
+    """``missing``: what could not be shown, and why. ``folded``: a table to be opened. ``brief``: what a link to the section says, if
+    not its title.
+    """
 
     anchor: str
     title: str
@@ -175,6 +177,7 @@ def summary(device: Device) -> str | None:
 
 #: A file of boundaries, and one shape of it.
 Run = tuple[File[Bench], ShapeResult]
+INTERRUPTED = "interrupted: not everything was measured"
 
 
 # -- the sections of a device -----------------------------------------------------------------------------------------------------
@@ -205,8 +208,9 @@ def _shapes(file: File[Bench] | None) -> list[tuple[int, ShapeResult]]:
 def _by_shape(device: Device) -> list[list[Run]]:
     """The runs at each shape, that of bench.json first, then the newest; shapes of bench.json first."""
     others = sorted(device.more, key=lambda file: file.data.date, reverse=True)
+    files = [file for file in (device.bench, *others) if file is not None]
     found: dict[str, list[Run]] = {}
-    for file in [*([device.bench] if device.bench else []), *others]:
+    for file in files:
         for entry in file.data.shapes:
             found.setdefault(entry.shape, []).append((file, entry))
     return list(found.values())
@@ -222,7 +226,7 @@ def _boundaries(name: str, runs: list[Run], main: File[Bench] | None) -> Section
         "microseconds a boundary. A stack is several boundaries in a row; in a chain the end of one and the beginning of the next are one "
         "operator. The floor is the time of the bytes that must move at the copy bandwidth of the same run."
     )
-    missing = [] if bench.complete else ["this run was interrupted: not everything was measured"]
+    missing = [] if bench.complete else [f"this run was {INTERRUPTED}"]
     absent = ", ".join(map(str, bench.missing))
     missing += [f"not installed, so not measured: {absent}"] if absent else []
     untimed = [row.name for row in entry.rows if f"forward_{bench.kind}" not in row.times]
@@ -236,15 +240,14 @@ def _boundaries(name: str, runs: list[Run], main: File[Bench] | None) -> Section
         charts = (Chart("Shorter is better. Blue: this project; grey: rivals; dashed: the floor.", svg),)
     table = tables.headline(entry, bench.kind)
     title = f"Boundaries against rivals, {entry.shape}"
+    brief = ""
+    if file is not main:
+        title, brief = f"{title}, run of {bench.date}", entry.shape
     older = tuple(
-        (
-            f"run of {was.data.date}" + ("" if was.data.complete else ", interrupted: not everything was measured"),
-            tables.headline(its, was.data.kind),
-        )
+        (f"run of {was.data.date}" + ("" if was.data.complete else f", {INTERRUPTED}"), tables.headline(its, was.data.kind))
         for was, its in runs[1:]
     )
-    dated = title if file is main else f"{title}, run of {bench.date}"
-    return Section(name, dated, intro, charts, (("", table),), older, tuple(missing), title if file is main else entry.shape)
+    return Section(name, title, intro, charts, (("", table),), older, tuple(missing), brief)
 
 
 def _pass_times(times: dict[str, Any], kind: str) -> list[str]:
