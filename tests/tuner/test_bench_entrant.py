@@ -12,7 +12,7 @@ import torch
 from mhc import use_backend
 from tl_kernels import reference
 from tuner.bench_case import GRADIENTS, Case
-from tuner.bench_entrant import Entrant, Spec, capture, release
+from tuner.bench_entrant import HOST_SAMPLES, Entrant, Spec, capture, release
 from tuner.bench_rivals import RIVALS, Boundary, Rival, rival, rival_names
 from tuner.errors import TuneError
 from tuner.timing import Clock
@@ -166,7 +166,21 @@ def test_decode_is_forward_only_and_has_the_hosts_time_of_both():
     assert entrant.keys == ["forward_eager"]
     host = entrant.host()
     assert set(host) == {"forward", "record", "forward_backward"}
-    assert 0 < host["forward"] < host["forward_backward"]
+    assert all(us > 0 for us in host.values())
+
+
+def test_the_hosts_time_is_per_boundary_and_the_median_of_its_calls(monkeypatch):
+    entrant = Entrant(replace(TINY, rival="ours", layers=3), CLOCK)
+    taken: dict[object, int] = {}
+
+    def wall_us(call):
+        taken[call] = taken.get(call, 0) + 1
+        interrupted = taken[call] == 2
+        return 3.0 * (1000.0 if interrupted else 10.0 + len(taken))
+
+    monkeypatch.setattr("tuner.bench_entrant.wall_us", wall_us)
+    assert entrant.host() == {"forward": 11.0, "record": 12.0, "forward_backward": 13.0}
+    assert set(taken.values()) == {HOST_SAMPLES}
 
 
 def test_untimed_entrants_run_once_and_are_not_checked():
