@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import mhc
 from mhc.profile import active_profile, choose, device_name
 from tl_kernels import KERNELS
+from tl_kernels.spec import MAX_N
 
 RESIDUALS = ("plain", "hc", "mhc")
 VOCABULARY = 256
@@ -387,7 +388,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: got {getattr(args, name)}, wanted 1 or more")
     if args.dim % (2 * args.heads):
         parser.error(f"--dim: got {args.dim}, wanted a multiple of 2 * --heads = {2 * args.heads} (rotary pairs)")
-    args.device = torch.device(args.device)
+    if args.n > MAX_N:
+        parser.error(f"--n: got {args.n}, wanted 1..{MAX_N} streams")
+    try:
+        args.device = torch.device(args.device)
+    except RuntimeError as error:
+        parser.error(f"--device: got {args.device}: {error}")
+    if args.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device: got {args.device}, wanted cpu or cuda, which the kernels run on")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but torch finds no CUDA GPU; wanted cpu here")
     if args.device.type == "cuda" and args.device.index is None:
@@ -396,13 +404,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 no usable data or an output that cannot be written, 130 after Ctrl-C."""
+    """Returns the exit status: 0 done, 1 no usable data or profile or an output that cannot be written, 130 after Ctrl-C."""
     args = parse(argv)
     if args.tiny and args.device.type == "cpu":
         torch.set_num_threads(1)  # tensors this small gain nothing from more, and on a busy machine threads that wait for each other lose
     console = Console()
     command = shlex.join(["python", "examples/train_lm.py", *(sys.argv[1:] if argv is None else argv)])
+    names = RESIDUALS if args.residual == "all" else (args.residual,)
     try:
+        profile = describe_profile(args) if "mhc" in names else None
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "losses.png").unlink(missing_ok=True)  # never an old picture beside new numbers
         corpus = Corpus(args.data, args.device)
@@ -411,12 +421,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         console.print(f"[red]{error}", soft_wrap=True, highlight=False)
         return 1
-    names = RESIDUALS if args.residual == "all" else (args.residual,)
     console.print(f"{device_name(args.device)}: {', '.join(names)}; {len(corpus.train) / 1e6:.1f} MB of Python to train on, "
                   f"{len(corpus.val) / 1e6:.1f} MB to validate", soft_wrap=True, highlight=False)  # fmt: skip
-    profile = None
-    if "mhc" in names:
-        profile = describe_profile(args)
+    if profile:
         served = profile["kernels"] - profile["origins"].get("default", 0)
         how = f"serves {served} of {profile['kernels']} kernels {profile['origins']}, run by {profile['impls']}"
         console.print(f"tuned profile: {profile['name']}; {how}", soft_wrap=True, highlight=False)

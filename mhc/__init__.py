@@ -2,11 +2,11 @@
 
 ``HyperConnection`` wraps a layer, ``chain`` runs a list of them, ``expand`` and ``HyperHead`` (or ``reduce_mean``, ``reduce_sum``) stand at
 the two ends of the model, ``load_profile`` picks a tuned profile by path or name, ``load_bundle`` a folder of compiled kernels,
-``use_backend`` an implementation. The operators are in ``torch.ops.mhc``. Importing this package does not import TileLang; the first kernel
-call does, unless a bundle has the kernel.
+``use_backend`` an implementation; ``convert`` has converters of checkpoints, ``stability`` measures of H_res. The operators are in
+``torch.ops.mhc``. Importing this package does not import TileLang; the first kernel call does, unless a bundle has the kernel.
 """
 
-from mhc import ops
+from mhc import convert, ops, stability
 from mhc.backend import use_backend
 from mhc.bundle import BundleError, load_bundle
 from mhc.chain import chain
@@ -21,6 +21,7 @@ __all__ = [
     "HyperHead",
     "ProfileError",
     "chain",
+    "convert",
     "expand",
     "load_bundle",
     "load_profile",
@@ -28,5 +29,6 @@ __all__ = [
     "read_profile",
     "reduce_mean",
     "reduce_sum",
+    "stability",
     "use_backend",
 ]

@@ -127,7 +127,7 @@ class Bundle:
 
     def __init__(self, path: str | Path) -> None:
         """Raises :class:`BundleError` where ``path`` is no bundle, or of a format that this version does not read."""
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # libraries are loaded later, maybe from another working folder
         self.manifest = _read(self.path)
         self._programs = {program.key: program for program in self.manifest.programs}
         self._runs: dict[str, Run] = {}

@@ -31,7 +31,8 @@ def chain(x: torch.Tensor, blocks: Iterable[Block]) -> torch.Tensor:
     A layer that takes more than u goes in as a function of u. Connections with ``fused=False`` take their own path inside.
     Without blocks x comes back.
 
-    With FSDP shard connection and layer apart: the layer is called here, outside the connection's forward.
+    With FSDP2 shard connection and layer apart, for the layer is called here, outside the connection's forward, and register the
+    connection's methods: ``register_fsdp_forward_method(connection, method)`` for "pre", "cross" and "post".
 
     To recompute activations sublayer by sublayer, write the loop and checkpoint its body, whose inputs u and ctx then are what is kept:
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
+from tl_kernels.reference import streams
+
 #: Parameters of a HyperConnection and of a HyperHead, here as in transformers.
 CONNECTION_NAMES = ("fn", "base", "scale")
 HEAD_NAMES = ("hc_fn", "hc_base", "hc_scale")
@@ -53,13 +55,16 @@ def fold_norm_weight(state: Mapping[str, torch.Tensor], weight: torch.Tensor) ->
         weight: [n*dim], stream-major, or [dim] for one weight shared by the streams.
 
     Raises:
-        ValueError: the weight has another shape.
+        ValueError: the weight or fn has another shape.
     """
     fn = _entry(state, "fn")
-    if weight.dim() != 1 or weight.shape[0] < 1 or fn.shape[1] % weight.shape[0]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [{fn.shape[1]}] = [n*dim] or [dim]")
-    columns = weight.to(fn).repeat(fn.shape[1] // weight.shape[0])
-    return {**state, "fn": fn * columns}
+    rows, wide = fn.shape if fn.dim() == 2 else (0, 0)
+    n = streams(rows)
+    if n < 1 or n * n + 2 * n != rows or wide % n:
+        raise ValueError(f"fn: got shape {tuple(fn.shape)}, wanted [n*n + 2*n, n*dim]")
+    if weight.shape not in ((wide,), (wide // n,)):
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [n*dim={wide}] or [dim={wide // n}]")
+    return {**state, "fn": fn * weight.to(fn).repeat(wide // len(weight))}
 
 
 def from_huggingface(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

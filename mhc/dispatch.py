@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from mhc.signatures import Signature
 
@@ -17,12 +18,13 @@ Below = Callable[[Any, tuple[Any, ...]], Any]
 
 
 def nobody_else_dispatches(args: Sequence[torch.Tensor]) -> bool:
-    """True for plain tensors of a device we serve, outside tracing, torch_dispatch modes and functorch transforms."""
+    """True for plain tensors of a device we serve, outside tracing, torch_dispatch modes, functorch transforms and forward-mode AD."""
     first = args[0]
     return (
         (first.is_cpu or first.is_cuda)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and _PLAIN.issuperset(map(type, args))
     )
 
@@ -36,8 +38,18 @@ def register(signature: Signature, implementation: Callable[..., Any]) -> Below:
     return _below_autograd(signature, implementation)
 
 
-def register_autograd(signature: Signature, kernel: Callable[..., Any]) -> None:
-    """``kernel(keyset, *args)`` as the operator's autograd kernel."""
+def register_autograd(signature: Signature, function: Any, below: Below) -> None:
+    """``function`` (keyset, then the operator's arguments) as the autograd of an operator; ``below`` where nothing requires a gradient."""
+    count, defaults = len(signature.inputs), tuple(signature.options.values())
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in args[:count]):
+            raise NotImplementedError(f"mhc.{signature.name}: got a dual tensor; the mHC operators have no forward-mode derivative (jvp)")
+        args = (*args, *defaults[len(args) - count :])  # the dispatcher leaves out trailing options that equal their default
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(keyset, *args)
+        return below(keyset, args)
+
     _LIBRARY.impl(signature.name, kernel, "Autograd", with_keyset=True)
 
 
@@ -53,12 +65,7 @@ def register_no_double_backward(signature: Signature, below: Below) -> None:
         def backward(ctx: Any, *grad: torch.Tensor) -> Any:
             raise RuntimeError(f"mhc.{signature.name} is not differentiable: the mHC operators have no double backward (create_graph=True)")
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Refused.apply(keyset, *args)
-        return below(keyset, args)
-
-    register_autograd(signature, kernel)
+    register_autograd(signature, Refused, below)
 
 
 def _fake(signature: Signature) -> Callable[..., Any]:

@@ -20,10 +20,13 @@ def read_text(path: str | Path, max_bytes: int) -> str:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except ValueError as e:  # a NUL in the name
         raise OSError(str(e)) from None
-    with os.fdopen(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError("is no regular file")
-        content = stream.read(max_bytes + 1)
+        with open(handle, "rb", closefd=False) as stream:
+            content = stream.read(max_bytes + 1)
+    finally:
+        os.close(handle)
     if len(content) > max_bytes:
         raise OSError(f"more than {max_bytes >> 20} MiB")
     return content.decode("utf-8-sig")

@@ -179,10 +179,14 @@ for _pair in COMPOSITES.values():
 
 def _backward(name: str) -> Callable[..., Any]:
     """A backward operator, past the dispatcher where nobody else wants to see the call."""
-    run, op, count = _IMPLEMENTATIONS[name], getattr(torch.ops.mhc, name).default, len(COMPOSITES[name.removesuffix("_bwd")][1].inputs)
+    forward, backward = COMPOSITES[name.removesuffix("_bwd")]
+    run, op, count = _IMPLEMENTATIONS[name], getattr(torch.ops.mhc, name).default, len(backward.inputs)
+    grads = next(i for i, t in enumerate(backward.inputs) if t.name == forward.inputs[0].name)  # what comes before x
+    batched = torch._C._functorch.is_legacy_batchedtensor
 
     def call(*args: Any) -> Any:
-        if not torch.is_grad_enabled() and nobody_else_dispatches(args[:count]):
+        # gradients of torch.autograd.grad(is_grads_batched=True) look plain
+        if not torch.is_grad_enabled() and nobody_else_dispatches(args[:count]) and not any(map(batched, args[:grads])):
             return run(*args)
         return op(*args)
 
@@ -203,6 +207,9 @@ def _filled(grads: tuple[Grad, Grad, Grad, Grad], x: Tensor, H_res: Tensor) -> t
     )
 
 
+#: The gradients of a forward's options.
+_NO_OPTIONS = (None,) * len(COMPOSITES["enter"][0].options)
+
 # In all three: `keyset` is None where the caller has found that nobody else wants to see the call. Undefined gradients arrive as None.
 
 
@@ -220,12 +227,11 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, du: Grad, dH_pre: None, dH_post: Grad, dH_res: Grad, dzs: None, dticket: Grad) -> Any:
-        nothing = (None,) * (1 + 4 + 6)
         if du is None and dH_post is None and dH_res is None and dticket is None:
-            return nothing
+            return (None,) * 5 + _NO_OPTIONS
         x, phi, alpha, b, H_pre, H_res, zs = ctx.saved_tensors
         grads = _filled((dticket, du, dH_post, dH_res), x, H_res)
-        return (None, *_call_enter_bwd(*grads, x, phi, alpha, b, H_pre, H_res, zs, *ctx.options), *nothing[5:])
+        return (None, *_call_enter_bwd(*grads, x, phi, alpha, b, H_pre, H_res, zs, *ctx.options), *_NO_OPTIONS)
 
 
 class _Leave(torch.autograd.Function):
@@ -270,21 +276,20 @@ class _Boundary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Grad, du: Grad, dH_pre: None, dH_post: Grad, dH_res: Grad, dzs: None, dticket: Grad) -> Any:
-        nothing = (None,) * (1 + 8 + 6)
         x, f, H_post, y, phi, alpha, b, next_H_pre, next_H_res, zs = ctx.saved_tensors
         weights: tuple[Grad, ...] = (None, None, None)
         if not (du is None and dH_post is None and dH_res is None and dticket is None):
             grads = _filled((dticket, du, dH_post, dH_res), y, next_H_res)
             rest = (phi, alpha, b, next_H_pre, next_H_res, zs, *ctx.options)
             if dy is None:
-                return (None, None, *_call_boundary_bwd(*grads, x, f, H_post, y, *rest), *nothing[9:])
+                return (None, None, *_call_boundary_bwd(*grads, x, f, H_post, y, *rest), *_NO_OPTIONS)
             # y went elsewhere too, not only through the next ticket
             g, *weights = _call_enter_bwd(*grads, y, *rest)
             dy = g + dy
         if dy is None:
-            return nothing
+            return (None,) * 9 + _NO_OPTIONS
         dy = dy.contiguous()
-        return (None, None, *_call_leave_bwd(dy, x, f, H_post), dy, *weights, *nothing[9:])
+        return (None, None, *_call_leave_bwd(dy, x, f, H_post), dy, *weights, *_NO_OPTIONS)
 
 
 _FUNCTIONS: dict[str, Any] = {"enter": _Enter, "boundary": _Boundary, "leave": _Leave}
@@ -293,25 +298,19 @@ _FUNCTIONS: dict[str, Any] = {"enter": _Enter, "boundary": _Boundary, "leave": _
 def _register_autograd(name: str) -> Callable[..., Any]:
     """Register autograd for a pair; return the forward for Python callers, without the dispatcher's share of the time."""
     forward, backward = COMPOSITES[name]
-    function, run, below = _FUNCTIONS[name], _IMPLEMENTATIONS[name], _BELOW[name]
+    function, run = _FUNCTIONS[name], _IMPLEMENTATIONS[name]
     op, count, defaults = getattr(torch.ops.mhc, name).default, len(forward.inputs), tuple(forward.options.values())
     every = count + len(defaults)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        args = (*args, *defaults[len(args) - count :])  # the dispatcher leaves out trailing options that equal their default
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(keyset, *args)
-        return below(keyset, args)
-
-    register_autograd(forward, kernel)
+    register_autograd(forward, function, _BELOW[name])
     register_no_double_backward(backward, _BELOW[backward.name])
 
     # the C function below Function.apply, which first looks at every argument for functorch's sake
     apply = super(torch.autograd.Function, function).apply
 
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not nobody_else_dispatches(args[:count]):
-            return op(*args)
+    def call(*args: Any, **named: Any) -> Any:
+        if named or not count <= len(args) <= every or torch.compiler.is_compiling() or not nobody_else_dispatches(args[:count]):
+            return op(*args, **named)
         if len(args) < every:
             args = (*args, *defaults[len(args) - count :])
         # whether any of them requires a gradient, apply finds out as fast

@@ -65,7 +65,7 @@ class Float32Parameters(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Float32Parameters:
         def move(t: torch.Tensor) -> torch.Tensor:
             out = fn(t)
-            return out if out.dtype == t.dtype else t.to(out.device)
+            return out if out.dtype in (t.dtype, torch.float32) else t.to(out.device)
 
         if recurse:
             for child in self.children():
@@ -206,8 +206,12 @@ class HyperConnection(Float32Parameters):
         return u if x.dim() == 3 else u.view(*x.shape[:-2], self.dim), ctx
 
     def _layer_output(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """f [..., dim] -> [T, dim] in the streams' dtype. Raises ValueError naming f."""
-        T = ctx.x.shape[0]
+        """f [..., dim] -> [T, dim] in the streams' dtype. Raises TypeError or ValueError naming f, ValueError naming ctx."""
+        T, n, dim = ctx.x.shape
+        if n != self.n or dim != self.dim:
+            raise ValueError(f"ctx: got streams of shape {tuple(ctx.x.shape)}, wanted [T, n={self.n}, dim={self.dim}]")
+        if not isinstance(f, torch.Tensor):
+            raise TypeError(f"f: got {type(f).__name__}, wanted the layer's output, a tensor [..., dim={self.dim}]")
         if f.shape == (T, self.dim) and f.dtype is ctx.x.dtype:
             return f
         if f.shape[-1:] != (self.dim,) or f.numel() != T * self.dim:
@@ -229,9 +233,6 @@ class HyperConnection(Float32Parameters):
         ctx is the previous connection's, of as many streams and channels as this one; its other options may differ. The streams in
         between are ``x`` of the Context that comes back, without gradient.
         """
-        _, n, dim = ctx.x.shape
-        if n != self.n or dim != self.dim:
-            raise ValueError(f"ctx: got streams of shape {tuple(ctx.x.shape)}, wanted [T, n={self.n}, dim={self.dim}]")
         ticket = ctx.ticket
         if self.fused and ticket is None and not torch.is_grad_enabled():
             ticket = new_ticket(ctx.x)  # a previous pre() under no_grad gives none; here too nothing gets a gradient

@@ -8,7 +8,6 @@ raise ValueError, of a wrong dtype TypeError. Arguments that are not contiguous 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from mhc.plan import single
 from mhc.signatures import PAIRS, Signature
 
 
-def _autograd(forward: Signature, backward: Signature, below: Below) -> Callable[..., Any]:
-    """The autograd kernel of a forward: its backward operator, on what that one's signature asks for.
+def _autograd(forward: Signature, backward: Signature, below: Below) -> Any:
+    """The autograd of a forward: its backward operator, on what that one's signature asks for.
 
     What ``torch.library.register_autograd`` would generate, but for the shortcut of ``below``, which halves the Python time of a call.
     """
@@ -32,7 +31,6 @@ def _autograd(forward: Signature, backward: Signature, below: Below) -> Callable
     everything = [*in_names, *forward.options, *(t.name for t in forward.outputs)]
     saved_at = [everything.index(name) for name in saved_names]
     option_at = [count + list(forward.options).index(k) for k in backward.options]
-    defaults = tuple(forward.options.values())
     padding = (None,) * (1 + len(forward.options))
 
     class Differentiable(torch.autograd.Function):
@@ -60,20 +58,13 @@ def _autograd(forward: Signature, backward: Signature, below: Below) -> Callable
             return (None, *(out if isinstance(out, tuple) else (out,)), *padding[1:])
 
     Differentiable.__name__ = f"mhc_{forward.name}"
-
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        args = (*args, *defaults[len(args) - count :])  # the dispatcher leaves out trailing options that equal their default
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Differentiable.apply(keyset, *args)
-        return below(keyset, args)
-
-    return kernel
+    return Differentiable
 
 
 def _register() -> None:
     for forward, backward in PAIRS.values():
         below_forward, below_backward = (register(signature, single(signature)) for signature in (forward, backward))
-        register_autograd(forward, _autograd(forward, backward, below_forward))
+        register_autograd(forward, _autograd(forward, backward, below_forward), below_forward)
         register_no_double_backward(backward, below_backward)
 
 

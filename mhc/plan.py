@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mhc import backend
+from mhc import backend, profile
 from mhc.signatures import Signature
 from tl_kernels.spec import Problem
 
@@ -58,7 +58,7 @@ class _Step:
 
     def tuned_us(self) -> float | None:
         """The time the profile has for this step, or None where it was not tuned at this n, C and T, give or take."""
-        tuned = _profile().choose(self.kernel.name, self.problem, self.tokens, self.device).tuned if self.kernel else None
+        tuned = profile.choose(self.kernel.name, self.problem, self.tokens, self.device).tuned if self.kernel else None
         if tuned is None or tuned.n != self.problem.n or (self.kernel.has_channels and tuned.C != self.problem.C):
             return None
         if self.device.type == "cuda" and self.kernel.resident:
@@ -76,7 +76,7 @@ class _Step:
 
         if reason := self.kernel.unserved(self.problem):
             raise ValueError(f"mhc.{self.name}: {reason}")
-        choice = _profile().choose(self.kernel.name, self.problem, self.tokens, self.device)
+        choice = profile.choose(self.kernel.name, self.problem, self.tokens, self.device)
         if os.environ.get("MHC_DEBUG") == "1":
             _report(self.kernel.name, self.problem, self.target, str(choice))
         if choice.impl == "reference" and self.may_use_reference:
@@ -98,7 +98,7 @@ class _Plan:
 
     def ready(self) -> tuple[Body, list[Run]]:
         """The body of a design and one function for each of its steps; chosen anew where another profile was loaded."""
-        if self.follows_profile and self.version is not (version := _profile().version()):
+        if self.follows_profile and self.version is not (version := profile.version()):
             steps, body = _fastest(self.designs)
             self.serves = body, [step.choose() for step in steps]
             self.version = version
@@ -118,16 +118,14 @@ def _fastest(designs: list[tuple[list[_Step], Body]]) -> tuple[list[_Step], Body
     return best
 
 
-@functools.cache
-def _profile() -> Any:
-    from mhc import profile  # not at the top: it takes a tenth of a second that `import mhc` without a kernel call need not wait for
-
-    return profile
-
-
 @functools.cache  # once per kernel, problem and choice, not per token count
 def _report(name: str, problem: Any, target: str, choice: str) -> None:
     print(f"mhc: {name} n={problem.n} C={problem.C} {problem.dtype} on {target}: {choice}", file=sys.stderr)
+
+
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    """As kernels read it, 16 bytes at a time: parameters that lie one behind the other in a flat buffer begin anywhere."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _check(
@@ -148,7 +146,7 @@ def _check(
 def implementation(signature: Signature, *designs: Design) -> Callable[..., Any]:
     """The operator ``signature`` on real tensors: ``body(runs, *tensors)`` with a function for each kernel of a design.
 
-    The tensors are contiguous and checked, tickets left out.
+    The tensors are contiguous, begin at a multiple of 16 bytes and are checked, tickets left out.
     """
     plans: dict[Any, _Plan] = {}
     count = len(signature.inputs)
@@ -167,7 +165,7 @@ def implementation(signature: Signature, *designs: Design) -> Callable[..., Any]
             given = dict(zip(names, (*options, *defaults[len(options) :]), strict=True))
             plan = plans[key] = _check(signature, designs, tensors, given, mode)
         body, runs = plan.ready()
-        return body(runs, *[t if (t := args[i]).is_contiguous() else t.contiguous() for i in data])
+        return body(runs, *[t if (t := args[i]).is_contiguous() and not t.data_ptr() & 15 else _copy(t) for i in data])
 
     return run
 

@@ -71,6 +71,11 @@ class Choice:
     tuned: Entry | None = field(default=None, compare=False)
 
 
+def _bucket(T: int) -> int:
+    """The power of two nearest to T, in steps of equal ratio."""
+    return 1 << ((T * T).bit_length() >> 1)
+
+
 def choose(kernel: str, p: Problem, T: int, device: torch.device) -> Choice:
     """The configuration for one kernel, problem, token count and device; after the first time, one dictionary access.
 
@@ -79,12 +84,12 @@ def choose(kernel: str, p: Problem, T: int, device: torch.device) -> Choice:
     """
     if device.index is None and device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    key = (kernel, p, (T * T).bit_length() >> 1, device)
+    key = (kernel, p, _bucket(T), device)
     found = _STATE.choices.get(key)
     if found is None:
         with _STATE.lock:
             # not under a stale dictionary: load_profile replaces it under the same lock
-            found = _STATE.choices[key] = _choose(kernel, p, 1 << key[2], device)
+            found = _STATE.choices[key] = _choose(kernel, p, key[2], device)
     return found
 
 
@@ -148,7 +153,9 @@ def packaged_names() -> list[str]:
 
 
 # Words of a device name that say who made it or how it is mounted, not which chip it is.
-_NOISE = re.compile(r"nvidia|geforce|tesla|quadro|graphics|gpu|generation|workstation|server|edition|\d+gb|hbm\w*|sxm\d*|pcie|nvl|mig|\d+g")
+_NOISE = re.compile(
+    r"nvidia|geforce|tesla|quadro|graphics|gpu|generation|workstation|server|edition|\d+gb|hbm\w*|sxm\d*|pcie|nvl|mig|\d+g|ac"
+)
 _CPU = re.compile(
     r"\bcpu\b|xeon|epyc|ryzen|threadripper|\bcore\b|\(r\)|x86|amd64|i[3-6]86|aarch64|\barm|cortex|neoverse|graviton|apple|power\d"
 )
@@ -335,12 +342,12 @@ def choose_from(profile: Profile, kernel: str, p: Problem, T: int) -> tuple[Choi
     """
     spec = KERNELS[kernel]
     entries = [e for e in profile.entries if e.kernel == kernel and e.source_hash == spec.source_hash]
-    return _pick(spec, p, 1 << ((T * T).bit_length() >> 1), entries)
+    return _pick(spec, p, _bucket(T), entries)
 
 
 def nearest_entry(profile: Profile, kernel: str, p: Problem, T: int) -> Entry | None:
     """The entry that :func:`choose_from` would look at first, were none of them stale. Raises KeyError for an unknown kernel."""
-    entries = _by_distance(KERNELS[kernel], p, 1 << ((T * T).bit_length() >> 1), [e for e in profile.entries if e.kernel == kernel])
+    entries = _by_distance(KERNELS[kernel], p, _bucket(T), [e for e in profile.entries if e.kernel == kernel])
     return entries[0][1] if entries else None
 
 

@@ -6,6 +6,7 @@ M = n*n + 2*n, Q = M + 1, K = n*C, S splits, as many as the kernel that wrote th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,11 @@ DPHI_PARTS, DAB_PARTS = Tensor("dphi", "S M K", split=True), Tensor("dab", "S2 M
 
 
 def check_sinkhorn(iters: int, order: str, least: int = 1) -> None:
-    """Raise ValueError for options of the manifold projection that mean nothing."""
+    """Raise ValueError for options of the manifold projection that mean nothing, TypeError for rounds that are no whole number."""
+    try:
+        operator.index(iters)
+    except TypeError:
+        raise TypeError(f"sinkhorn iters: got {iters!r}, wanted a whole number") from None
     if iters < least:
         raise ValueError(f"sinkhorn iters: got {iters}, wanted at least {least}")
     if order not in ORDERS:
@@ -164,7 +169,7 @@ PAIRS = {
         _pair("activate", (Z, RINV, ALPHA, B), (H_PRE, H_POST, LOGITS), (Z, RINV, ALPHA, B), ("post_mult",), pre_eps=1e-6, post_mult=2.0),
         _pair("sinkhorn", (LOGITS,), (H_RES,), (LOGITS,), tuple(_SINKHORN), **_SINKHORN),
         _pair("pre", (X, H_PRE), (U,), (X, H_PRE)),
-        _pair("post_res", (X, F, H_POST, H_RES), (Tensor("y", "T n C", "stream"),), (X, F, H_POST, H_RES)),
+        _pair("post_res", (X, F, H_POST, H_RES), (Y,), (X, F, H_POST, H_RES)),
     )
 }
 
@@ -174,8 +179,9 @@ SIGNATURES = {signature.name: signature for pair in PAIRS.values() for signature
 _COEFFICIENTS = {"norm_eps": 1e-6, "pre_eps": 1e-6, "post_mult": 2.0, **_SINKHORN}
 _COEFFICIENTS_BWD = {"post_mult": 2.0, **_SINKHORN}
 _WHOLE = {"norm_eps": 1e-6, "pre_eps": 1e-6}
-_DY, _DU = Tensor("dy", "T n C", "stream"), Tensor("du", "T C", "stream")
-_DF = Tensor("df", "T C", "stream")
+_DY, _DX = Tensor("dy", "T n C", "stream"), Tensor("dx", "T n C", "stream")
+_DU, _DF = Tensor("du", "T C", "stream"), Tensor("df", "T C", "stream")
+_DAB = Tensor("dab", "S M+3", split=True)
 _DH_PRE, _DH_POST, _DH_RES = _grads((H_PRE, H_POST, H_RES))
 _WEIGHT_GRADS = _grads((PHI, ALPHA, B))
 
@@ -192,27 +198,22 @@ FUSED_KERNELS = {
         Signature(
             "coefficients_bwd",
             (_DH_PRE, _DH_POST, _DH_RES, ZS, ALPHA, B),
-            (DZS, Tensor("dab", "S M+3", split=True)),
+            (DZS, _DAB),
             _COEFFICIENTS_BWD,
             least_iters=0,
         ),
-        Signature(
-            "streams_grad",
-            (_DY, _DU, X, DZS, H_PRE, H_RES, PHI),
-            (Tensor("dx", "T n C", "stream"), DPHI_PARTS),
-            {},
-        ),
+        Signature("streams_grad", (_DY, _DU, X, DZS, H_PRE, H_RES, PHI), (_DX, DPHI_PARTS), {}),
         Signature(
             "post_res_coefficients_bwd",
             (_DH_POST, _DH_RES, ZS, ALPHA, B),
-            (DZS, Tensor("dab", "S M+3", split=True)),
+            (DZS, _DAB),
             _COEFFICIENTS_BWD,
             least_iters=0,
         ),
         Signature(
             "pre_streams_grad",
             (_DY, _DU, X, DZS, DAB_PARTS, ZS, ALPHA, B, H_PRE, H_RES, PHI),
-            (Tensor("dx", "T n C", "stream"), DPHI_PARTS, Tensor("dab", "S M+3", split=True)),
+            (_DX, DPHI_PARTS, _DAB),
             {},
         ),
         Signature("sum_parts", (DPHI_PARTS, DAB_PARTS), _WEIGHT_GRADS, {}),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tl_kernels.scratch import scratch
+from tl_kernels.scratch import Kept, scratch
 from tl_kernels.spec import Config, Kernel, Problem
 
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
@@ -85,7 +85,8 @@ def _give_memory_back() -> None:
 class Launcher:
     """One compiled configuration: takes the kernel's inputs, allocates its results, runs, and sums two-stage results.
 
-    The inputs must be contiguous, on the launcher's device type, and of the shapes and dtypes the kernel's spec names; callers check.
+    The inputs must be contiguous, begin at a multiple of 16 bytes, be on the launcher's device type, and of the shapes and dtypes the
+    kernel's spec names; callers check.
     """
 
     def __init__(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> None:
@@ -102,6 +103,7 @@ class Launcher:
         # where T stands: (input, dimension); a second stage has none and always runs
         self._T = next(((i, t.token_dim) for i, t in enumerate(kernel.inputs) if t.token_dim is not None), None)
         self._scratch = kernel.scratch(p, cfg) if kernel.scratch else 0
+        self._kept: Kept = {}
         self._flat = [i for i, t in enumerate((*kernel.inputs, *kernel.outputs)) if t.flat]
 
     @functools.cached_property
@@ -137,7 +139,7 @@ class Launcher:
             for i in self._flat:
                 args[i] = args[i].view(T, -1)
             if self._scratch:
-                args.append(scratch(self, inputs[0].device, self._scratch))
+                args.append(scratch(self._kept, inputs[0].device, self._scratch))
             if self.target == "cpu" or inputs[0].device.index == torch.cuda.current_device():
                 self._call(*args)
             else:
@@ -157,6 +159,7 @@ class Launcher:
             shape = lead + t.shape(self.p, T, splits)
             layout.append((shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), stored))
         call, flat, rows, row_stride, shared = self._call, self._flat, (T, self.p.K), (self.p.K, 1), self._scratch
+        kept = self._kept
         # what Inductor's code allocates (on the current device) and views with: a third of the time of torch.empty and of view
         guards, current = torch._C._dynamo.guards, torch._C._cuda_getDevice
         empty, reinterpret = guards._empty_strided_cuda, guards._reinterpret_tensor
@@ -169,7 +172,7 @@ class Launcher:
             for i in flat:
                 args[i] = reinterpret(args[i], rows, row_stride, 0)
             if shared:
-                args.append(scratch(self, inputs[0].device, shared))
+                args.append(scratch(kept, inputs[0].device, shared))
             call(*args)
             return tuple(out)
 

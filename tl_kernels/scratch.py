@@ -1,40 +1,55 @@
 """Scratch that a program keeps from launch to launch: zero once, then the program's own (tl_kernels/meeting.py).
 
 Two launches that overlap must not share it. Launches of one stream do not overlap, so every stream has its own; and a CUDA graph has its
-own, because two graphs captured on one stream may be replayed side by side. A graph's is cleared by a node of that graph.
+own, because two graphs captured on one stream may be replayed side by side. A graph's is cleared by a node of that graph. In what
+``torch.compile(mode="reduce-overhead")`` warms up and records, every launch has its own: nothing may stay in the pool of those graphs but
+their results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-#: By owner (a compiled program, kept for ever as these are), device and stream: the capture it belongs to, 0 for none, and the tensor.
-_KEPT: dict[Any, tuple[int, torch.Tensor]] = {}
-_LOCK = threading.Lock()
+#: A program's, by device and stream: the capture it belongs to, 0 for none, and the tensor. Another program could not go on from it.
+Kept = dict[Any, tuple[int, torch.Tensor]]
 
 
-def scratch(owner: object, device: torch.device, words: int) -> torch.Tensor:
-    """``words`` uint32 on ``device`` for a launch of ``owner`` on the current stream."""
+def scratch(kept: Kept, device: torch.device, words: int) -> torch.Tensor:
+    """``words`` uint32 on ``device`` for a launch on the current stream of the program that has ``kept``."""
+    key: Any
     if device.type == "cpu":  # calls of one thread do not overlap
-        return _kept((id(owner), threading.get_ident()), 0, words, device)
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    capture = _capture_id()(stream) if torch.cuda.is_current_stream_capturing() else 0
-    # one for a stream's eager launches, one for its present capture: older captures are over, and their graphs hold their memory themselves
-    return _kept((id(owner), device.index, stream, capture != 0), capture, words, device)
+        key, capture, stream = threading.get_ident(), 0, 0
+    else:
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        capture = _capture_id()(stream) if torch.cuda.is_current_stream_capturing() else 0
+        # one for a stream's eager launches, one for its present capture: older captures are over, their graphs hold their memory themselves
+        key = (device.index, stream, capture != 0)
+    found = kept.get(key)
+    if found is not None and found[0] == capture:
+        return found[1]
+    zeros = torch.zeros(words, dtype=torch.uint32, device=device)
+    if device.type == "cpu" or not _of_cudagraph_trees(device.index, stream):
+        kept[key] = (capture, zeros)
+    return zeros
 
 
-def _kept(key: Any, capture: int, words: int, device: torch.device) -> torch.Tensor:
-    kept = _KEPT.get(key)
-    if kept is None or kept[0] != capture or kept[1].numel() != words:
-        with _LOCK:
-            kept = _KEPT[key] = (capture, torch.zeros(words, dtype=torch.uint32, device=device))
-    return kept[1]
+def _of_cudagraph_trees(device: int, stream: int) -> bool:
+    """Whether it is the stream on which Inductor warms up and records its CUDA graphs, and whose allocations are from their pool."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return False
+    with contextlib.suppress(AssertionError):  # torch 2.10: in a thread that has no trees
+        manager = trees.get_manager(device, create_if_none_exists=False)
+        return manager is not None and manager.stream.cuda_stream == stream
+    return False
 
 
 @functools.cache

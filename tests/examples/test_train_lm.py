@@ -232,13 +232,27 @@ def test_too_little_data_names_the_part(train_lm, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"), [("--dim 30 --heads 4", "--dim: got 30"), ("--steps 0", "--steps: got 0"), ("--residual no", "--residual")]
+    ("arguments", "complaint"),
+    [
+        ("--dim 30 --heads 4", "--dim: got 30"),
+        ("--steps 0", "--steps: got 0"),
+        ("--residual no", "--residual"),
+        ("--n 9", "--n: got 9, wanted 1..8 streams"),
+        ("--device tpu9", "--device: got tpu9"),
+        ("--device meta", "--device: got meta, wanted cpu or cuda"),
+    ],
 )
 def test_bad_arguments(train_lm, capsys, arguments, complaint):
     with pytest.raises(SystemExit) as caught:
         train_lm.main(arguments.split())
     assert caught.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_profile_that_is_none_is_one_line(train_lm, sources, tmp_path, capsys):
+    assert train_lm.main(f"--residual mhc --profile nonsense {RUN} --data {sources} --out {tmp_path / 'out'}".split()) == 1
+    assert "nonsense" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_smoothing_keeps_a_line_straight(train_lm):

@@ -107,6 +107,15 @@ def test_the_variable_names_a_bundle(made, compiled, monkeypatch, caplog):
     assert not caplog.records
 
 
+def test_a_relative_path_is_of_the_folder_it_was_named_in(copied, compiled, monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(copied)
+    mhc.load_bundle(".")
+    monkeypatch.chdir(tmp_path)  # as launchers of jobs do
+    launcher()
+    assert not compiled
+    assert not caplog.records
+
+
 def _truncate(folder):
     path = library(folder)
     path.write_bytes(path.read_bytes()[:-100])

@@ -61,7 +61,11 @@ def test_into_a_model_and_out_of_it(module):
     [
         (lambda s: transpose_residual(s, 3), r"fn: got shape \(24, 128\), wanted 15 rows for n=3"),
         (lambda s: transpose_residual({"base": s["base"]}, 4), "state: has no 'fn' among base"),
-        (lambda s: fold_norm_weight(s, torch.ones(33)), r"weight: got shape \(33,\), wanted \[128\] = \[n\*dim\] or \[dim\]"),
+        *[
+            (lambda s, w=w: fold_norm_weight(s, torch.ones(w)), r"weight: got shape \(.*\), wanted \[n\*dim=128\] or \[dim=32\]")
+            for w in (33, 16, 64, 1, (4, 32))
+        ],
+        (lambda s: fold_norm_weight({"fn": s["fn"][:9]}, torch.ones(32)), r"fn: got shape \(9, 128\), wanted \[n\*n \+ 2\*n, n\*dim\]"),
         (lambda s: from_huggingface(s, "attn_hc"), "prefix: got 'attn_hc', wanted one with fn, base, scale or hc_fn"),
         (lambda s: fold_norm_weight({}, torch.ones(32)), "state: has no 'fn' among nothing"),
     ],

@@ -16,7 +16,7 @@ DIM, N, TOKENS = 64, 4, 12
 
 
 class Block(nn.Module):
-    """Two connections through pre(), cross() and post(), as a model uses them."""
+    """Two connections through pre(), cross() and post(), and a head, as a model uses them."""
 
     def __init__(self):
         super().__init__()
@@ -25,11 +25,12 @@ class Block(nn.Module):
         self.layer = nn.Linear(DIM, DIM)
         self.hc2 = mhc.HyperConnection(DIM, N)
         self.layer2 = nn.Linear(DIM, DIM)
+        self.head = mhc.HyperHead(DIM, N)
 
     def forward(self, x):
         u, ctx = self.hc.pre(x)
         u, ctx = self.hc2.cross(self.layer(u), ctx)
-        return self.hc2.post(self.layer2(u), ctx)
+        return self.head(self.hc2.post(self.layer2(u), ctx))
 
 
 def data():
@@ -67,6 +68,7 @@ def _worker(rank, port, kind, device_type):
             else:
                 mesh = init_device_mesh(device_type, (2,))
                 # its own group without a cast: coefficients stay float32 while the rest of the model computes in bfloat16
+                fully_shard(model.head, mesh=mesh)
                 for hc in (model.hc, model.hc2):
                     fully_shard(hc, mesh=mesh)
                     for method in ("pre", "cross", "post"):

@@ -362,6 +362,42 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             ops.enter(*make_inputs()[:4], 1e-6, 1e-6, 2.0, *options)
 
+    def test_sinkhorn_rounds_are_a_whole_number(self):
+        with pytest.raises(TypeError, match=r"sinkhorn iters: got 3\.5, wanted a whole number"):
+            ops.enter(*make_inputs()[:4], 1e-6, 1e-6, 2.0, 3.5)
+
+    def test_by_name_and_how_many(self):
+        x, phi, alpha, b = make_inputs()[:4]
+        want = ops.enter(x, phi, alpha, b, 1e-6, 1e-6, 2.0, 3)
+        for got in (ops.enter(x, phi, alpha, b, iters=3), ops.enter(x=x, phi=phi, alpha=alpha, b=b, iters=3)):
+            assert torch.equal(got[3], want[3])
+        for wrong in ((x, phi, alpha), (x, phi, alpha, b, *OPTIONS, 1)):
+            with pytest.raises((TypeError, RuntimeError), match="argument"):
+                ops.enter(*wrong)
+
+
+@pytest.mark.usefixtures("reference_backend")
+def test_forward_mode_is_refused():
+    """A tangent that is left out would be a gradient of zero; also where nothing requires a gradient."""
+    x, *weights = (t.detach() for t in make_inputs()[:4])
+    with pytest.raises(NotImplementedError, match=r"mhc\.enter: got a dual tensor; .*no forward-mode"):
+        torch.func.jvp(lambda v: ops.enter(v, *weights)[0], (x,), (torch.ones_like(x),))
+    for grad in (False, True):
+        with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                ops.enter(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), *weights)
+            ops.enter(x, *weights)  # nothing of it is dual
+
+
+def test_many_gradients_in_one_call(device):
+    """torch.autograd.grad's is_grads_batched, which jacobian(vectorize=True) uses."""
+    inputs = make_inputs(device=device)
+    y = chained(inputs)["next_y"]
+    grads = torch.randn(3, *y.shape, device=device)
+    got = torch.autograd.grad(y, inputs[0], grads, is_grads_batched=True, retain_graph=True)[0]
+    want = torch.stack([torch.autograd.grad(y, inputs[0], g, retain_graph=True)[0] for g in grads])
+    assert torch.equal(got, want)
+
 
 @pytest.mark.parametrize("name", FUSED_KERNELS)
 def test_signature_is_the_kernel_spec(name):

@@ -184,12 +184,13 @@ def test_meta_device_then_to_empty():
 
 
 @pytest.mark.usefixtures("reference_backend")
-def test_parameters_narrowed_by_others_are_an_error():
+def test_parameters_narrowed_by_others_are_an_error_that_float_mends():
     """FSDP's mixed precision or load_state_dict(assign=True) can replace them."""
     hc = trained()
-    hc.fn = nn.Parameter(hc.fn.detach().bfloat16())
+    hc.load_state_dict({k: v.bfloat16() for k, v in hc.state_dict().items()}, assign=True)
     with pytest.raises(TypeError, match=r"phi: got torch.bfloat16, wanted torch.float32"):
         hc.pre(torch.randn(3, 4, 32))
+    hc.float().pre(torch.randn(3, 4, 32))
 
 
 def test_autocast(device):
@@ -269,6 +270,17 @@ class TestOptions:
         _, ctx = hc.pre(torch.zeros(5, 4, 32))
         with pytest.raises(ValueError, match=r"f: got shape .*wanted \[\.\.\., dim=32\]"):
             hc.post(torch.zeros(shape), ctx)
+
+    @pytest.mark.parametrize("nothing", [None, [torch.zeros(5, 32)]])
+    def test_a_layer_output_that_is_no_tensor(self, nothing):
+        hc = mhc.HyperConnection(32, layer=lambda u: nothing)
+        with pytest.raises(TypeError, match=r"f: got \w+, wanted the layer's output, a tensor \[\.\.\., dim=32\]"):
+            hc(torch.zeros(5, 4, 32))
+
+    def test_a_context_of_other_streams(self):
+        _, ctx = mhc.HyperConnection(32, 2).pre(torch.zeros(5, 2, 32))
+        with pytest.raises(ValueError, match=r"ctx: got streams of shape \(5, 2, 32\), wanted \[T, n=4, dim=32\]"):
+            mhc.HyperConnection(32, 4).post(torch.zeros(5, 32), ctx)
 
     def test_calling_without_a_layer(self):
         with pytest.raises(TypeError, match="layer: got None"):

@@ -251,6 +251,16 @@ def test_functorch_gradients_are_refused(device):
         torch.func.grad(lambda v: torch.ops.mhc.pre(v, H_pre).sum())(x)
 
 
+@pytest.mark.usefixtures("reference_backend")
+def test_forward_mode_is_refused():
+    """A tangent that is left out would be a gradient of zero."""
+    x, H_pre = make_inputs("pre")
+    for frozen in (False, True):
+        x.requires_grad_(not frozen)
+        with pytest.raises(NotImplementedError, match=r"mhc\.pre: got a dual tensor; .*no forward-mode"):
+            torch.func.jvp(lambda v: torch.ops.mhc.pre(v, H_pre), (x,), (torch.ones_like(x),))
+
+
 def test_vmap(device):
     x, H_pre = make_inputs("pre", T=6, device=device)
     got = torch.func.vmap(torch.ops.mhc.pre)(x.view(2, 3, 4, 32), H_pre.view(2, 3, 4))

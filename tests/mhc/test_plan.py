@@ -173,6 +173,47 @@ def test_all_designs_give_the_same_on_a_gpu(monkeypatch, T):
         assert all(relative_error(other, first) < 4e-3 for other in others)
 
 
+@pytest.mark.gpu
+def test_shortcuts_under_reduce_overhead(monkeypatch):
+    """torch.compile's CUDA graphs: a call that warms up, one that is recorded, then replays."""
+    monkeypatch.setattr(profile, "choose", tuned({**FAST, **FAST_BACKWARD}, "tilelang", C=256))
+    profile.reset()
+    inputs = make_inputs(T=100, C=256, dtype=torch.bfloat16, device="cuda")
+
+    def forward(*inputs):
+        return chained(inputs)["next_y"]
+
+    def step(forward):
+        y = forward(*inputs)
+        return [t.detach().clone() for t in (y, *torch.autograd.grad(y, inputs, torch.ones_like(y)))]
+
+    want, compiled = step(forward), torch.compile(forward, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert all(torch.equal(g, w) for g, w in zip(step(compiled), want, strict=True))
+    profile.reset()
+
+
+def test_what_begins_anywhere_is_copied(monkeypatch):
+    """Parameters in one flat buffer, as optimizers keep them: phi behind alpha begins 12 bytes off, and programs read 16 at a time."""
+    begins, run_reference = [], backend.run_reference
+
+    def recorded(name, tensors, *rest):
+        begins.extend(t.data_ptr() % 16 for t in tensors)
+        return run_reference(name, tensors, *rest)
+
+    monkeypatch.setattr(backend, "run_reference", recorded)
+    inputs = make_inputs(C=64)
+    flat = torch.cat([torch.zeros(3), *(t.detach().flatten() for t in inputs)])
+    views = [v.view_as(t) for v, t in zip(flat[3:].split([t.numel() for t in inputs]), inputs, strict=True)]
+    assert any(v.data_ptr() % 16 for v in views)
+    with mhc.use_backend("reference"):
+        want, got = chained(inputs), chained([v.requires_grad_() for v in views])
+        assert torch.equal(got["next_y"], want["next_y"])
+        got["next_y"].square().sum().backward()
+    assert set(begins) == {0}
+
+
 @pytest.mark.usefixtures("reference_backend")
 def test_a_shortcut_called_by_itself_checks_its_arguments():
     from mhc.fused import KERNEL_CALLS

@@ -116,8 +116,12 @@ def test_a_file_that_is_no_text_or_not_there(tmp_path, content):
 
 
 def test_a_folder_is_no_profile(tmp_path):
-    with pytest.raises(ProfileError, match="cannot be read"):
-        read_profile(tmp_path)
+    closed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "close", lambda handle, close=os.close: closed.append(handle) or close(handle))
+        with pytest.raises(ProfileError, match="cannot be read: is no regular file"):
+            read_profile(tmp_path)
+    assert len(closed) == 1
 
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
