@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,7 +16,7 @@ from tuner.commands import bench, check, dashboard, explain, replay, report, sta
 from tuner.commands import compile as compile_
 from tuner.commands.line import command_line
 from tuner.commands.options import Jobs, Kernels, Workloads
-from tuner.errors import INTERRUPTED, TuneError, printable
+from tuner.errors import INTERRUPTED, TuneError
 from tuner.storage import STORAGE_VARIABLE
 
 #: What typer raises for a bad option; it has no public name in every supported release.
@@ -139,21 +142,63 @@ app.command("report", help=report.HELP, epilog=report.EPILOG)(report.report)
 
 
 def main() -> None:
-    """Entry point: one line on stderr and exit code 2 for what the user can mend."""
+    """Entry point: one line on stderr, and an exit code, for what the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the name of a file need not be what the terminal can show
     try:
-        sys.exit(app(prog_name="mhc-tune", standalone_mode=False) or 0)
+        code = _invoke()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         print("mhc-tune: interrupted before anything was measured", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except TuneError as e:
-        _refuse(str(e))
+        _refuse(str(e), e.code)
     except _UsageError as e:
         _refuse(f"{e.format_message()} (mhc-tune --help explains)")
+    except OSError as e:
+        if _in_tilelang(e):
+            _refuse(f"{e.filename}: TileLang cannot keep there what it compiles: {e.strerror}; set TILELANG_CACHE_DIR to a folder of yours")
+        if not _output_fails():
+            raise
+        if isinstance(e, BrokenPipeError):  # its reader has seen enough
+            sys.exit(1)
+        _refuse(f"the output cannot be written: {e.strerror}")
+    sys.exit(code)
 
 
-def _refuse(message: str) -> NoReturn:
+def _invoke() -> int:
+    """The command's exit code. Not by calling ``app``: for a Ctrl-C that gives the code of a run which was interrupted and said so."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("mhc-tune", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as e:
+        return e.exit_code
+    return 0
+
+
+def _in_tilelang(error: BaseException) -> bool:
+    """Importing it makes the folder of its cache."""
+    return any(str(frame.f_globals.get("__name__")).startswith("tilelang.") for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _output_fails() -> bool:
+    """Whether stdout takes nothing; what it was to take is dropped then, or Python would try again when it ends."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _refuse(message: str, code: int = 2) -> NoReturn:
+    from mhc.yamlfile import printable  # imports torch, which takes a second
+
     print(f"mhc-tune: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ import difflib
 import re
 from collections.abc import Iterable
 
-#: Exit code after Ctrl-C, as a shell gives it.
+#: Exit code where the storage or the last device went away in mid-run, and after Ctrl-C, as a shell gives it.
+LOST = 3
 INTERRUPTED = 130
 
 
 class TuneError(Exception):
-    """The user must change something: printed as one line on stderr, exit code 2."""
+    """The user must change something: printed as one line on stderr; ``code`` is the exit code."""
+
+    code = 2
 
 
 def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
@@ -20,11 +23,6 @@ def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
     close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return TuneError(f"unknown {what} {got!r}{hint} (there are {', '.join(names)})")
-
-
-def printable(text: str) -> str:
-    """``text`` on one line; what a terminal would obey or could not show is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 #: Where TileLang begins to tell of g++ and of nvcc, and what these begin their complaints with. Before or after that stands the program.

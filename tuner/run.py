@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from mhc.files import replace_file
 from tuner.devices import Device, aim, pick, visible_devices
 from tuner.display import Display, duration, funnel_line, make_console, result_table
 from tuner.effort import effort_of
-from tuner.errors import INTERRUPTED, TuneError, printable
+from tuner.errors import INTERRUPTED, LOST, TuneError
 from tuner.hardware import Hardware, find_compiler, resolve
 from tuner.plan import make_tasks, parse_tokens, pick_kernels, pick_workloads, split_names
 from tuner.storage import open_storage, redacted
@@ -35,9 +34,8 @@ MAX_LOG_BYTES = 1 << 20
 #: A year; what is meant to be longer has no limit.
 MAX_TIME_LIMIT_S = 365 * 86_400
 
-#: Exit codes beside 0, 2 (the user must change something: tuner/errors.py) and 130 (interrupted).
+#: Exit code beside 0 and those of tuner/errors.py.
 NOTHING_TUNED = 1
-LOST = 3
 
 
 @dataclass(frozen=True)
@@ -141,38 +139,40 @@ def run(request: Request) -> int:
     console = make_console()
     with Display(console) as display:
         display.note(_opening(settings, len(devices), len(tasks), writer.path))
-        if request.storage is not None:
-            display.note(f"storage {redacted(url)}; mhc-tune worker joins in")
         for note in writer.notes:
             display.note(note)
         with contextlib.closing(Store(open_storage(url), url)) as store:
+            if request.storage is not None:
+                display.note(f"storage {redacted(url)}; mhc-tune worker joins in")
             pipeline = Pipeline(settings, [settings.order(task) for task in tasks], store, writer, display, devices)
-            code = tune(pipeline)
-    report(pipeline, console)
-    where = f"{len(pipeline.entries)} entries of this run are in {writer.path}" if writer.written else "no profile was written"
-    closing(pipeline, console, code, where, "; run the same command again to go on")
-    if request.raw is not None:
-        try:
-            replace_file(request.raw, json.dumps(raw(pipeline), indent=1) + "\n")
-        except OSError as e:
-            raise TuneError(f"--raw {request.raw}: cannot be written: {e.strerror or e}") from None
+
+            def where() -> str:
+                return f"{len(pipeline.entries)} entries of this run are in {writer.path}" if writer.written else "no profile was written"
+
+            try:
+                code = tune(pipeline, where, "; run the same command again to go on")
+            finally:
+                if request.raw is not None:
+                    try:
+                        replace_file(request.raw, json.dumps(raw(pipeline), indent=1) + "\n")
+                    except OSError as e:
+                        raise TuneError(f"--raw {request.raw}: cannot be written: {e.strerror or e}") from None
     return code or (0 if pipeline.entries else NOTHING_TUNED)
 
 
-def tune(pipeline: Pipeline) -> int:
-    """Run it to its end, whatever ends it: 0, INTERRUPTED, or LOST with a line on stderr."""
-    from tuner.pipeline import DeviceLost
-    from tuner.store import StorageLost
-
+def tune(pipeline: Pipeline, where: Callable[[], str], again: str) -> int:
+    """Run it, and say what came of it, whatever ended it. Returns 0 or INTERRUPTED; raises what else ended it."""
+    code = LOST
     try:
         with term_is_interrupt():
             pipeline.run()
+        code = 0
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except (StorageLost, DeviceLost) as e:
-        print(f"mhc-tune: {printable(str(e))}", file=sys.stderr)
-        return LOST
-    return 0
+        code = INTERRUPTED
+    finally:
+        report(pipeline, pipeline.display.console)
+        closing(pipeline, pipeline.display.console, code, where(), again)
+    return code
 
 
 def report(pipeline: Pipeline, console: Console) -> None:

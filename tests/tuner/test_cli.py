@@ -39,7 +39,8 @@ def run_here(monkeypatch, *args):
 def test_help_teaches(tmp_path):
     done = mhc_tune(tmp_path, "--help")
     assert done.returncode == 0
-    for text in ("--gpu", "--kernels", "--time-limit", "--storage", "--sampler", "Ctrl-C", "mhc-tune --gpu h100", "Examples", "Exit codes"):
+    options = ("--gpu", "--kernels", "--time-limit", "--storage", "--sampler")
+    for text in (*options, "Ctrl-C", "mhc-tune --gpu h100", "Examples", "Exit codes"):
         assert text in done.stdout, text
 
 
@@ -103,6 +104,42 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, monkeypatc
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("mhc-tune: ")
+
+
+@pytest.mark.parametrize("args", [("--gpu", "cpu", "--kernels", "pre"), ("compile", "--gpu", "h100", "-o", "bundle")])
+def test_a_cache_of_tilelang_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path, args):
+    done = mhc_tune(tmp_path, *args, TILELANG_CACHE_DIR="/dev/null/cache")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "set TILELANG_CACHE_DIR" in line
+
+
+@pytest.mark.parametrize(
+    ("first", "args"),
+    [
+        ("tuner.run.find_hardware", ["--gpu", "cpu"]),
+        ("tuner.worker.find_hardware", ["worker", "--storage", "sqlite://"]),
+        ("tuner.explain.parse_shape", ["explain", "pre", "64x4x1280"]),
+        ("tuner.bench.make_plan", ["bench", "--gpu", "cpu"]),
+        ("tuner.latency_check.make_plan", ["check", "--gpu", "cpu"]),
+        ("tuner.bundle.find_compiler", ["compile", "--gpu", "h100", "-o", "bundle"]),
+    ],
+)
+def test_ctrl_c_before_anything_is_measured_says_so_once(tmp_path, monkeypatch, capsys, first, args):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(first, interrupt)
+    assert run_here(monkeypatch, *args) == 130
+    assert capsys.readouterr() == ("", "mhc-tune: interrupted before anything was measured\n")
+
+
+def test_an_output_that_takes_nothing_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_here(monkeypatch, "explain", "pre", "64x4x1280", "--gpu", "cpu") == 2
+    assert capsys.readouterr().err == "mhc-tune: the output cannot be written: No space left on device\n"
 
 
 def test_a_missing_compiler_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
