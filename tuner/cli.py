@@ -22,7 +22,9 @@ from tuner.storage import STORAGE_VARIABLE
 #: What typer raises for a bad option; it has no public name in every supported release.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
-HELP = """Tune the mHC kernels for the GPU (or CPU) in this machine and write a profile that `import mhc` finds.
+HELP = """Tune the mHC kernels for the GPU (or CPU) in this machine and write a profile, configs/<gpu>.yaml.
+
+In a checkout of this project `import mhc` finds it there; elsewhere the last line says how to use it (MHC_PROFILE, mhc.load_profile).
 
 Every configuration must first give the right numbers (against a float64 reference, on ragged token counts); then it is timed, alone on
 the device. The best few are confirmed beside the default: a win must be clear of the noise, else the default ships. Ctrl-C keeps what is
@@ -71,7 +73,9 @@ def tune(
     gpu: Annotated[str, typer.Option(help="Device to tune: auto, cpu, or a GPU's profile name (h100, h200, ...).")] = "auto",
     kernels: Kernels = None,
     workloads: Workloads = None,
-    workloads_file: Annotated[Path | None, typer.Option(help="YAML file of workloads. Default: configs/workloads.yaml.")] = None,
+    workloads_file: Annotated[
+        Path | None, typer.Option(help="YAML file of workloads. Default: the package's own, configs/workloads.yaml of a checkout.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Token counts to tune at, instead of each workload's.", metavar="T,T")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Configurations tried per kernel and shape. Default: from --effort.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds for the whole run, shared out. Default: from --effort.")] = None,
@@ -91,7 +95,7 @@ def tune(
     devices: Annotated[
         str | None, typer.Option(help="GPUs to measure on, by number: 0,1. Default: all of the kind tuned for.", metavar="N,N")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Profile to write. Default: configs/<gpu>.yaml.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Profile to write. Default: configs/<gpu>.yaml, here.")] = None,
     jobs: Jobs = None,
     raw: Annotated[Path | None, typer.Option(help="Also write every trial as JSON.", metavar="PATH")] = None,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,19 +14,21 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mhc.files import replace_file
+from mhc.profile import packaged_dir
 from tuner.devices import Device, aim, pick, visible_devices
 from tuner.display import Display, duration, funnel_line, make_console, result_table
 from tuner.effort import effort_of
 from tuner.errors import INTERRUPTED, LOST, TuneError
 from tuner.hardware import Hardware, find_compiler, resolve
-from tuner.plan import make_tasks, parse_tokens, pick_kernels, pick_workloads, split_names
-from tuner.storage import open_storage, redacted
+from tuner.plan import make_tasks, nothing_runs, parse_tokens, pick_kernels, pick_workloads, split_names
+from tuner.storage import is_private, open_storage, redacted
 from tuner.workers import cores
 from tuner.workloads import WorkloadError, load_workloads
 
 if TYPE_CHECKING:
     from tuner.pipeline import Pipeline
     from tuner.settings import Settings
+    from tuner.writer import ProfileWriter
 
 STATE = Path(".mhc-tune")
 #: Workers' output beyond this is thrown away by the next run.
@@ -123,6 +126,8 @@ def run(request: Request) -> int:
     if request.raw is not None:
         check_writable(request.raw, "--raw")
     tasks = make_tasks(kernels, workloads, hardware, tokens)
+    if not tasks:
+        raise nothing_runs(kernels, workloads, hardware)
     effort = effort_of(hardware.arch, request.effort)
     url = storage_url(request.storage, hardware)
     settings = Settings(
@@ -141,9 +146,10 @@ def run(request: Request) -> int:
         display.note(_opening(settings, len(devices), len(tasks), writer.path))
         for note in writer.notes:
             display.note(note)
-        with contextlib.closing(Store(open_storage(url), url)) as store:
+        with contextlib.closing(Store(storage := open_storage(url), url)) as store:
             if request.storage is not None:
-                display.note(f"storage {redacted(url)}; mhc-tune worker joins in")
+                joining = "nobody can join in, and it is gone with this run" if is_private(storage) else "mhc-tune worker joins in"
+                display.note(f"storage {redacted(url)}; {joining}")
             pipeline = Pipeline(settings, [settings.order(task) for task in tasks], store, writer, display, devices)
 
             def where() -> str:
@@ -187,7 +193,7 @@ def report(pipeline: Pipeline, console: Console) -> None:
 
 
 def closing(pipeline: Pipeline, console: Console, code: int, where: str, again: str) -> None:
-    """The last line."""
+    """The last line, and one more where the profile is not where ``import mhc`` looks."""
     done, wanted = sum(s.state == "done" for s in pipeline.studies), len(pipeline.studies)
     verb = {INTERRUPTED: "interrupted", LOST: "stopped"}.get(code, "done")
     console.print(
@@ -196,6 +202,17 @@ def closing(pipeline: Pipeline, console: Console, code: int, where: str, again: 
         markup=False,
         soft_wrap=True,
     )
+    if pipeline.writer is not None and pipeline.writer.written and not _found_by_mhc(pipeline.writer):
+        path = str(pipeline.writer.path.absolute())
+        console.print(
+            f"`import mhc` does not look there; to use it: MHC_PROFILE={shlex.quote(path)}, or mhc.load_profile({path!r})",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _found_by_mhc(writer: ProfileWriter) -> bool:
+    return writer.path.resolve() == (packaged_dir() / f"{writer.hardware.profile}.yaml").resolve()
 
 
 @contextlib.contextmanager

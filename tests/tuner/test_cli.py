@@ -40,7 +40,7 @@ def test_help_teaches(tmp_path):
     done = mhc_tune(tmp_path, "--help")
     assert done.returncode == 0
     options = ("--gpu", "--kernels", "--time-limit", "--storage", "--sampler")
-    for text in (*options, "Ctrl-C", "mhc-tune --gpu h100", "Examples", "Exit codes"):
+    for text in (*options, "Ctrl-C", "mhc-tune --gpu h100", "Examples", "Exit codes", "MHC_PROFILE"):
         assert text in done.stdout, text
 
 
@@ -81,6 +81,11 @@ def test_bench_from_outside(tmp_path):
         (["--gpu", "cpu", "--storage", "nowhere://x"], "--storage nowhere://x: cannot be opened"),
         (["--gpu", "cpu", "--sampler", "tpee"], "did you mean 'tpe'"),
         (["--gpu", "cpu", "--devices", "0"], "--devices 0: there is one CPU"),
+        (["--gpu", "cpu", "--storage", "foo"], "wanted postgresql://user@host/database or sqlite:///file"),
+        (
+            ["--gpu", "cpu", "--kernels", "project_pre,pre_streams_grad"],
+            "got none that runs on cpu: project_pre: wanted compute capability 9.0",
+        ),
         (["worker"], "--storage: got nothing"),
         (["worker", "--gpu", "cpu", "--storage", "nowhere://u:hush@x"], "--storage nowhere://u:***@x: cannot be opened"),
         (["worker", "--storage", "sqlite://", "--kernels", "pree"], "did you mean 'pre'"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mhc.profile import read_profile
+from mhc.profile import load_profile, read_profile, reset
 from tests.tuner import planted
 from tests.tuner.conftest import PASSWORD, make_task
 from tuner import cli
@@ -132,6 +132,19 @@ def test_a_worker_interrupted_while_it_waits_says_that_nothing_was_measured(comm
     assert said.endswith("mhc-tune: interrupted before anything was measured\n")
 
 
+@pytest.mark.parametrize("found", [False, True])
+def test_the_last_line_says_how_to_use_a_profile_that_mhc_does_not_find(command, tmp_path, monkeypatch, found):
+    if found:
+        monkeypatch.setattr("tuner.run.packaged_dir", lambda: tmp_path / "configs")
+    code, said = command("--gpu", "cpu", *SHAPE, "--trials", "1")
+    assert code == 0, said
+    path = tmp_path / "configs" / "cpu.yaml"
+    last = f"`import mhc` does not look there; to use it: MHC_PROFILE={path}, or mhc.load_profile('{path}')"
+    assert (said.splitlines()[-1] == last) != found, said
+    assert load_profile(path).entries
+    reset()
+
+
 def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(command, tmp_path, monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
@@ -139,6 +152,14 @@ def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(command, tmp_
     assert code == 0, said
     assert read_profile(tmp_path / "\u00e9.yaml").entries
     assert b"entries of this run are in \\xe9.yaml" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize(("url", "joins"), [("sqlite:///x.db", True), ("sqlite:///:memory:", False), ("foo", None)])
+def test_only_a_storage_that_is_open_and_shared_is_said_to_be_joined(command, url, joins):
+    code, said = command("--gpu", "cpu", *SHAPE, "--trials", "1", "--storage", url)
+    assert code == (2 if joins is None else 0), said
+    assert ("; mhc-tune worker joins in" in said) == (joins is True)
+    assert ("; nobody can join in" in said) == (joins is False)
 
 
 def test_no_password_lands_anywhere(command, postgres_url, tmp_path):
