@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import traceback
 from enum import Enum
@@ -18,6 +19,8 @@ from tuner.commands.line import command_line
 from tuner.commands.options import Jobs, Kernels, Workloads
 from tuner.errors import INTERRUPTED, TuneError
 from tuner.storage import STORAGE_VARIABLE
+
+_NOTHING_YET = "mhc-tune: interrupted before anything was measured"
 
 #: What typer raises for a bad option; it has no public name in every supported release.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -150,12 +153,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # the name of a file need not be what the terminal can show
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         code = _invoke()
         if sys.stdout is not None:
             sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        print("mhc-tune: interrupted before anything was measured", file=sys.stderr)
+        print(_NOTHING_YET, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except TuneError as e:
         _refuse(str(e), e.code)
@@ -170,6 +175,14 @@ def main() -> None:
             sys.exit(1)
         _refuse(f"the output cannot be written: {e.strerror}")
     sys.exit(code)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C. While torch is being imported, which is half of the time before a run begins, an exception would end in C++'s terminate()."""
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        print(_NOTHING_YET, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
 
 
 def _invoke() -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,6 +139,17 @@ def test_ctrl_c_before_anything_is_measured_says_so_once(tmp_path, monkeypatch, 
     monkeypatch.setattr(first, interrupt)
     assert run_here(monkeypatch, *args) == 130
     assert capsys.readouterr() == ("", "mhc-tune: interrupted before anything was measured\n")
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_crash(monkeypatch, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__spec__=SimpleNamespace(_initializing=True)))
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as exit:
+        cli._interrupt()
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "mhc-tune: interrupted before anything was measured\n"
 
 
 def test_an_output_that_takes_nothing_is_one_line_and_exit_code_2(monkeypatch, capsys):
