@@ -141,28 +141,27 @@ def run(request: Request) -> int:
         log=worker_log(),
         sampler=sampler,
     )
-    console = make_console()
-    with Display(console) as display:
-        display.note(_opening(settings, len(devices), len(tasks), writer.path))
-        for note in writer.notes:
-            display.note(note)
-        with contextlib.closing(Store(storage := open_storage(url), url)) as store:
-            if request.storage is not None:
-                joining = "nobody can join in, and it is gone with this run" if is_private(storage) else "mhc-tune worker joins in"
-                display.note(f"storage {redacted(url)}; {joining}")
-            pipeline = Pipeline(settings, [settings.order(task) for task in tasks], store, writer, display, devices)
+    display = Display(make_console())
+    display.note(_opening(settings, len(devices), len(tasks), writer.path))
+    for note in writer.notes:
+        display.note(note)
+    with contextlib.closing(Store(storage := open_storage(url), url)) as store:
+        if request.storage is not None:
+            joining = "nobody can join in, and it is gone with this run" if is_private(storage) else "mhc-tune worker joins in"
+            display.note(f"storage {redacted(url)}; {joining}")
+        pipeline = Pipeline(settings, [settings.order(task) for task in tasks], store, writer, display, devices)
 
-            def where() -> str:
-                return f"{len(pipeline.entries)} entries of this run are in {writer.path}" if writer.written else "no profile was written"
+        def where() -> str:
+            return f"{len(pipeline.entries)} entries of this run are in {writer.path}" if writer.written else "no profile was written"
 
-            try:
-                code = tune(pipeline, where, "; run the same command again to go on")
-            finally:
-                if request.raw is not None:
-                    try:
-                        replace_file(request.raw, json.dumps(raw(pipeline), indent=1) + "\n")
-                    except OSError as e:
-                        raise TuneError(f"--raw {request.raw}: cannot be written: {e.strerror or e}") from None
+        try:
+            code = tune(pipeline, where, "; run the same command again to go on")
+        finally:
+            if request.raw is not None:
+                try:
+                    replace_file(request.raw, json.dumps(raw(pipeline), indent=1) + "\n")
+                except OSError as e:
+                    raise TuneError(f"--raw {request.raw}: cannot be written: {e.strerror or e}") from None
     return code or (0 if pipeline.entries else NOTHING_TUNED)
 
 
@@ -170,7 +169,7 @@ def tune(pipeline: Pipeline, where: Callable[[], str], again: str) -> int:
     """Run it, and say what came of it, whatever ended it. Returns 0 or INTERRUPTED; raises what else ended it."""
     code = LOST
     try:
-        with term_is_interrupt():
+        with term_is_interrupt(), pipeline.display:
             pipeline.run()
         code = 0
     except KeyboardInterrupt:

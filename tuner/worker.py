@@ -110,9 +110,8 @@ def work(request: WorkerRequest) -> int:
                     return INTERRUPTED
                 continue
             worked = True
-            with Display(console) as display:
-                pipeline = Pipeline(settings, todo, store, writer, display, devices, announce=False)
-                code = tune(pipeline, where, "")
+            pipeline = Pipeline(settings, todo, store, writer, Display(console), devices, announce=False)
+            code = tune(pipeline, where, "")
             left_alone |= {study.task.key for study in pipeline.studies if study.state == "failed"}
             if code:
                 return code
