@@ -101,7 +101,7 @@ class Entry(_Strict):
     time_us: Positive
     time_ci_us: Annotated[tuple[float, float], BeforeValidator(_interval), Field(description="confidence interval of time_us")]
     gbps: Annotated[NotNegative, Field(description="the kernel's floor bytes / time_us")]
-    copy_share: Annotated[NotNegative, Field(description="gbps / provenance.copy_gbps")]
+    copy_share: Annotated[NotNegative, Field(description="gbps / the copy bandwidth of its own run")]
     default_us: Annotated[Positive, Field(description="time of the kernel's default configuration, same run")]
     runner_up_us: Positive | None = None
     verdict: Annotated[Literal["win", "tie", "default"], Field(description="a tie ships the default")]

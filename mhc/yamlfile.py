@@ -29,10 +29,10 @@ class YAMLFileError(ValueError):
 
     def __init__(self, path: Path | str, message: str) -> None:
         self.path, self.message = path, message
-        super().__init__(one_line(f"{path}: {_cut(message, MAX_COMPLAINT)}"))
+        super().__init__(printable(f"{path}: {_cut(message, MAX_COMPLAINT)}"))
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """``text`` on one line; what a terminal would obey or could not show is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mhc.yamlfile import field_name, one_line
+from mhc.yamlfile import field_name, printable
 
 CAMPAIGN = "MHC_FUZZ_EXAMPLES" in os.environ
 WANTED = int(os.environ.get("MHC_FUZZ_EXAMPLES", "1000"))
@@ -95,7 +95,7 @@ def spoilt_fields(draw: st.DrawFn, document: dict[str, Any]) -> tuple[bytes, tup
     else:
         parents[path[-1]] = [target] if way == "wrap" else draw(JUNK)
     # a number may be refused as it is read, before it is a field's; what two entries are looked up by may now be the same
-    begins = (one_line(field_name(path)), f"{one_line(field_name(path[:-1]))}:", "line ", "top level: entries[") if path else ("",)
+    begins = (printable(field_name(path)), f"{printable(field_name(path[:-1]))}:", "line ", "top level: entries[") if path else ("",)
     return yaml.safe_dump(data, sort_keys=False).encode(), begins
 
 

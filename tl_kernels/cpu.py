@@ -14,14 +14,18 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
+import types
 
 import tilelang
 import tilelang.language as T  # noqa: F401  (registers the dialect)
 import torch
 from tilelang import tvm
 from tilelang.instrumentation import PassInstrumentationTool, compile_pass_instrumentation
+from tilelang.jit.adapter import libgen
 from tilelang.jit.adapter.wrapper import TLCPUSourceWrapper
 from tvm import tirx
 
@@ -97,6 +101,15 @@ def _register_intrinsics():
         TLCPUSourceWrapper.INIT_FUNC += RUNTIME
         write = TLCPUSourceWrapper.update_lib_code
         TLCPUSourceWrapper.update_lib_code = lambda self, code: _lean(write(self, code))
+        libgen.subprocess = types.SimpleNamespace(**vars(subprocess) | {"run": _run_compiler})
+
+
+def _run_compiler(command, **kwargs):
+    """``subprocess.run`` for TileLang, whose error tells what g++ said where it has that; otherwise it would go to stderr alone."""
+    done = subprocess.run(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **kwargs})
+    if done.stdout:
+        sys.stderr.write(done.stdout.decode(errors="replace"))
+    return done
 
 
 def _lean(source):

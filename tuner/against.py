@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tuner
-from tuner.errors import TuneError, printable
+from mhc.yamlfile import printable
+from tuner.errors import TuneError
 
 #: Seconds for one call of git; a checkout of this repository takes a tenth of one.
 GIT_S = 120.0

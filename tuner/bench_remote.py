@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from tuner.bench_entrant import Spec, empty_row
+from tuner.child_python import module_arguments
 from tuner.errors import TuneError
 
 #: Seconds for a start, for compiling and checking one entrant, and for anything else.
 START_S, OPEN_S, CALL_S = 120.0, 300.0, 120.0
 PACKAGES = ("tuner", "tl_kernels")
 HERE = Path(__file__).resolve().parents[1]
+#: Of bash: this project's packages before what the script puts onto PYTHONPATH.
+_PYTHON = """export PYTHONPATH="$1${PYTHONPATH:+:$PYTHONPATH}"; shift; exec "$(command -v python || command -v python3)" "$@" """
 
 
 class WorkerGone(Exception):
@@ -71,11 +74,11 @@ def python_command(env: Path | None, arguments: list[str], links: Path) -> tuple
     # TileLang tells its children where its files are: not to another version of it
     variables = {k: v for k, v in variables.items() if not k.startswith(("TL_", "TVM_", "TILELANG_"))}
     path = str(env.resolve())
-    if env.suffix == ".sh":
-        return ["bash", "-c", 'source "$0" && exec "$(command -v python || command -v python3)" "$@"', path, *arguments], variables
     for package in PACKAGES:
         if not (links / package).exists():
             (links / package).symlink_to(HERE / package)
+    if env.suffix == ".sh":
+        return ["bash", "-c", f'source "$0" && {{ {_PYTHON}; }}', path, str(links), *arguments], variables
     if env.is_dir():
         variables["PYTHONPATH"] = os.pathsep.join([path, str(links)])
         return [sys.executable, *arguments], variables
@@ -90,7 +93,7 @@ class RivalWorker:
         self._folder = tempfile.TemporaryDirectory(prefix="mhc-bench-")
         folder = Path(self._folder.name)
         self._log = folder / "stderr"
-        command, variables = python_command(env, ["-m", "tuner.bench_worker", device], folder)
+        command, variables = python_command(env, module_arguments("tuner.bench_worker", device), folder)
         self._ids = itertools.count()
         self._buffer = b""
         with open(self._log, "wb") as log:

@@ -22,8 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mhc.yamlfile import printable
 from tuner.display import make_console
-from tuner.errors import INTERRUPTED, TuneError, printable
+from tuner.errors import INTERRUPTED, TuneError
 from tuner.hardware import Hardware, find_compiler
 from tuner.plan import pick_kernels, split_names
 from tuner.run import term_is_interrupt

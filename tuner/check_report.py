@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mhc.files import replace_file
-from tuner.errors import TuneError, printable
+from mhc.yamlfile import printable
+from tuner.errors import TuneError
 
 #: The worst first: label -> style, and whether it fails the check.
 VERDICTS = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import sys
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,13 +17,17 @@ from tuner.commands import bench, check, dashboard, explain, replay, report, sta
 from tuner.commands import compile as compile_
 from tuner.commands.line import command_line
 from tuner.commands.options import Jobs, Kernels, Workloads
-from tuner.errors import INTERRUPTED, TuneError, printable
+from tuner.errors import INTERRUPTED, TuneError
 from tuner.storage import STORAGE_VARIABLE
+
+_NOTHING_YET = "mhc-tune: interrupted before anything was measured"
 
 #: What typer raises for a bad option; it has no public name in every supported release.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
-HELP = """Tune the mHC kernels for the GPU (or CPU) in this machine and write a profile that `import mhc` finds.
+HELP = """Tune the mHC kernels for the GPU (or CPU) in this machine and write a profile, configs/<gpu>.yaml.
+
+In a checkout of this project `import mhc` finds it there; elsewhere the last line says how to use it (MHC_PROFILE, mhc.load_profile).
 
 Every configuration must first give the right numbers (against a float64 reference, on ragged token counts); then it is timed, alone on
 the device. The best few are confirmed beside the default: a win must be clear of the noise, else the default ships. Ctrl-C keeps what is
@@ -68,7 +76,9 @@ def tune(
     gpu: Annotated[str, typer.Option(help="Device to tune: auto, cpu, or a GPU's profile name (h100, h200, ...).")] = "auto",
     kernels: Kernels = None,
     workloads: Workloads = None,
-    workloads_file: Annotated[Path | None, typer.Option(help="YAML file of workloads. Default: configs/workloads.yaml.")] = None,
+    workloads_file: Annotated[
+        Path | None, typer.Option(help="YAML file of workloads. Default: the package's own, configs/workloads.yaml of a checkout.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Token counts to tune at, instead of each workload's.", metavar="T,T")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Configurations tried per kernel and shape. Default: from --effort.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds for the whole run, shared out. Default: from --effort.")] = None,
@@ -88,7 +98,7 @@ def tune(
     devices: Annotated[
         str | None, typer.Option(help="GPUs to measure on, by number: 0,1. Default: all of the kind tuned for.", metavar="N,N")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Profile to write. Default: configs/<gpu>.yaml.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Profile to write. Default: configs/<gpu>.yaml, here.")] = None,
     jobs: Jobs = None,
     raw: Annotated[Path | None, typer.Option(help="Also write every trial as JSON.", metavar="PATH")] = None,
 ) -> None:
@@ -139,21 +149,73 @@ app.command("report", help=report.HELP, epilog=report.EPILOG)(report.report)
 
 
 def main() -> None:
-    """Entry point: one line on stderr and exit code 2 for what the user can mend."""
+    """Entry point: one line on stderr, and an exit code, for what the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the name of a file need not be what the terminal can show
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
-        sys.exit(app(prog_name="mhc-tune", standalone_mode=False) or 0)
+        code = _invoke()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        print("mhc-tune: interrupted before anything was measured", file=sys.stderr)
+        print(_NOTHING_YET, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except TuneError as e:
-        _refuse(str(e))
+        _refuse(str(e), e.code)
     except _UsageError as e:
         _refuse(f"{e.format_message()} (mhc-tune --help explains)")
+    except OSError as e:
+        if _in_tilelang(e):
+            _refuse(f"{e.filename}: TileLang cannot keep there what it compiles: {e.strerror}; set TILELANG_CACHE_DIR to a folder of yours")
+        if not _output_fails():
+            raise
+        if isinstance(e, BrokenPipeError):  # its reader has seen enough
+            sys.exit(1)
+        _refuse(f"the output cannot be written: {e.strerror}")
+    sys.exit(code)
 
 
-def _refuse(message: str) -> NoReturn:
+def _interrupt(*_: object) -> None:
+    """Ctrl-C. While torch is being imported, which is half of the time before a run begins, an exception would end in C++'s terminate()."""
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        print(_NOTHING_YET, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+def _invoke() -> int:
+    """The command's exit code. Not by calling ``app``: for a Ctrl-C that gives the code of a run which was interrupted and said so."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("mhc-tune", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as e:
+        return e.exit_code
+    return 0
+
+
+def _in_tilelang(error: BaseException) -> bool:
+    """Importing it makes the folder of its cache."""
+    return any(str(frame.f_globals.get("__name__")).startswith("tilelang.") for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _output_fails() -> bool:
+    """Whether stdout takes nothing; what it was to take is dropped then, or Python would try again when it ends."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _refuse(message: str, code: int = 2) -> NoReturn:
+    from mhc.yamlfile import printable  # imports torch, which takes a second
+
     print(f"mhc-tune: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -83,13 +83,6 @@ def funnel_line(counts: Mapping[str, int]) -> str:
     return f"{whole} configurations: {', '.join(parts) or 'none tried'}"
 
 
-def time_line(phases: Mapping[str, float]) -> str:
-    """``measuring 3:12 (61%), compiling 2:02 (39%)``: seconds of each phase, the longest first; phases of no time are left out."""
-    whole = sum(phases.values())
-    spent = sorted(((seconds, phase) for phase, seconds in phases.items() if seconds > 0), key=lambda item: -item[0])
-    return ", ".join(f"{phase} {duration(seconds)} ({seconds / whole:.0%})" for seconds, phase in spent) or "nothing took any time"
-
-
 class Display:
     """Progress of one run. ``console`` decides between a live line and plain lines."""
 
@@ -111,14 +104,6 @@ class Display:
 
     def note(self, message: str) -> None:
         self.console.print(escape(message), soft_wrap=True)
-
-    def funnel(self, counts: Mapping[str, int]) -> None:
-        """What became of all configurations, see :func:`funnel_line`."""
-        self.note(funnel_line(counts))
-
-    def time_spent(self, phases: Mapping[str, float]) -> None:
-        """Where the time of the run went, see :func:`time_line`."""
-        self.note(f"where the time went: {time_line(phases)}")
 
     def progress(
         self, label: str, trials: int, wanted: int, best_us: float | None, done: int, tasks: int, left_s: float | None, busy: str
@@ -146,13 +131,17 @@ class Display:
 
 
 def result_table(entries: Sequence[Entry], title: str) -> Table:
-    """Kernel, shape, default and tuned time, rate, share of copy bandwidth, verdict, gain over the default."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    table.add_column("kernel", no_wrap=True)
-    for name in ("n", "C", "dtype", "T", "default us", "tuned us", "GB/s", "of copy"):
-        table.add_column(name, justify="left" if name == "dtype" else "right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("less time than default", no_wrap=True)
+    """Kernel, shape, default and tuned time, rate, share of copy bandwidth, verdict with the gain over the default.
+
+    Where there is little room, words are broken or wrapped, numbers never: 80 columns hold them all.
+    """
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("kernel", overflow="fold")
+    table.add_column("TxnxC", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in ("default\nus", "tuned\nus", "GB/s", "of\ncopy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict, less time\nthan the default")
     rows: dict[tuple[object, ...], list[Entry]] = {}
     for e in entries:
         # one study may stand for every C: its entries differ in nothing else
@@ -160,19 +149,16 @@ def result_table(entries: Sequence[Entry], title: str) -> Table:
     for same in rows.values():
         e = same[0]
         verdict = "reference" if e.impl == "reference" else e.verdict
-        style = "green" if verdict == "win" else None
+        gain = gain_text(e)
         table.add_row(
             e.kernel,
-            str(e.n),
-            str(e.C) if len(same) == 1 else "any",
+            f"{e.tokens}x{e.n}x{e.C if len(same) == 1 else 'any'}",
             {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[e.dtype],
-            str(e.tokens),
             microseconds(e.default_us),
             microseconds(e.time_us),
             f"{e.gbps:.1f}",
             f"{e.copy_share:.0%}",
-            verdict,
-            gain_text(e),
-            style=style,
+            verdict if gain == "-" else f"{verdict} {gain}",
+            style="green" if verdict == "win" else None,
         )
     return table

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-#: Exit code after Ctrl-C, as a shell gives it.
+#: Exit code where the storage or the last device went away in mid-run, and after Ctrl-C, as a shell gives it.
+LOST = 3
 INTERRUPTED = 130
 
 
 class TuneError(Exception):
-    """The user must change something: printed as one line on stderr, exit code 2."""
+    """The user must change something: printed as one line on stderr; ``code`` is the exit code."""
+
+    code = 2
 
 
 def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
@@ -21,15 +25,19 @@ def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
     return TuneError(f"unknown {what} {got!r}{hint} (there are {', '.join(names)})")
 
 
-def printable(text: str) -> str:
-    """``text`` on one line; what a terminal would obey or could not show is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+#: Where TileLang begins to tell of g++ and of nvcc, and what these begin their complaints with. Before or after that stands the program.
+_COMPILER = re.compile(r"Compilation (Failed!|error:)")
+_COMPLAINT = re.compile(r"\b(error|fatal)\s*:")
 
 
 def one_line(error: BaseException) -> str:
-    """The last line that says something: TileLang's errors end in their cause after a long C++ trace."""
+    """The line that says something: a compiler's complaint, else the last: TileLang's errors end in their cause after a C++ trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # PyTorch's CUDA errors say it first and end in advice
-    text = next((line for line in lines if "CUDA error" in line), lines[-1] if lines else type(error).__name__)
+    compiler = next((i for i, line in enumerate(lines) if _COMPILER.match(line)), None)
+    if compiler is not None:
+        text = next((line for line in lines[compiler + 1 :] if _COMPLAINT.search(line)), lines[compiler])
+    else:
+        # PyTorch's CUDA errors say it first and end in advice
+        text = next((line for line in lines if "CUDA error" in line), lines[-1] if lines else type(error).__name__)
     name = type(error).__name__
     return (text if text.startswith(name) else f"{name}: {text}")[:400]

@@ -6,7 +6,6 @@ What serves a shape is :func:`mhc.profile.choose_from`'s word, the very choice t
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,13 @@ from mhc.plan import crowds_out
 from mhc.profile import Choice, ProfileError, choose_from, nearest_entry, packaged_names, profile_name, read_profile
 from mhc.schema import Entry, Profile, Provenance
 from tl_kernels import KERNELS, NAMES
-from tl_kernels.spec import MAX_N, STREAM_DTYPES, Kernel, Problem
+from tl_kernels.spec import STREAM_DTYPES, Kernel, Problem
 from tuner.display import make_console, microseconds
 from tuner.errors import TuneError, unknown
 from tuner.evidence import age, evidence
 from tuner.hardware import resolve
+from tuner.selection import check_one_profile
+from tuner.shape import Shape, parse_shape
 
 #: Columns of what goes into a pipe or a file, which have no width of their own.
 PLAIN_WIDTH = 140
@@ -39,29 +40,6 @@ class ExplainRequest:
     profile: str | None = None
     gpu: str | None = None
     unseen: str | None = None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """T tokens, n streams, C channels."""
-
-    T: int
-    n: int
-    C: int
-
-    def __str__(self) -> str:
-        return f"{self.T}x{self.n}x{self.C}"
-
-
-def parse_shape(text: str, what: str = "shape") -> Shape:
-    """``8192x4x2560``. Raises :class:`TuneError`."""
-    match = re.fullmatch(r"([0-9]{1,12})x([0-9]{1,12})x([0-9]{1,12})", text.strip().lower())
-    if match is None:
-        raise TuneError(f"{what}: got {text!r}, wanted TxnxC such as 8192x4x2560")
-    T, n, C = (int(number) for number in match.groups())
-    if T < 1 or C < 1 or not 1 <= n <= MAX_N:
-        raise TuneError(f"{what}: got {text!r}, wanted T and C of at least 1 and n in 1..{MAX_N}")
-    return Shape(T, n, C)
 
 
 def explain(request: ExplainRequest, console: Console | None = None) -> int:
@@ -90,8 +68,7 @@ def explain(request: ExplainRequest, console: Console | None = None) -> int:
 
 def _profile(request: ExplainRequest) -> tuple[str, Profile | None]:
     """The profile asked for, else the one this machine would use, and its name; None where defaults serve."""
-    if request.profile is not None and request.gpu is not None:
-        raise TuneError("--profile and --gpu: got both, wanted one of them")
+    check_one_profile(request.gpu or "auto", request.profile)
     option, wanted = "--profile", request.profile
     if request.gpu is not None:
         option, wanted = "--gpu", request.gpu.strip().lower()

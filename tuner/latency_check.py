@@ -19,7 +19,6 @@ rate}, see :class:`tuner.noise.FalseAlarms`). Each of ``programs`` is an entry: 
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 
 from rich.console import Console
@@ -93,10 +92,9 @@ def _check(plan: Plan, other: Other | None, console: Console) -> int:
         runs.compile()
         runs.measure(plan.runs)
     except KeyboardInterrupt:
-        interrupted = True
         if not runs.found[HERE]:
-            print("mhc-tune: interrupted before anything was measured", file=sys.stderr)
-            return INTERRUPTED
+            raise
+        interrupted = True
     found = Found(plan, other, runs, interrupted)
     report = found.report()
     print_report(report, console)

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from mhc.profile import device_name, profile_name
+from mhc.yamlfile import printable
 from tuner.device_lock import hold, lock_name
 from tuner.device_state import Watch
-from tuner.errors import printable
 from tuner.latency_baseline import Baseline, Entry, other_device, path_of, read_baseline, refreshed, write_entries
 from tuner.regression import Change, Rule, judge, noise_band
 from tuner.timing import Clock, median, median_interval

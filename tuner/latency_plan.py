@@ -16,13 +16,13 @@ from tl_kernels import KERNELS
 from tuner.device_lock import lock_name
 from tuner.devices import aim, pick, visible_devices
 from tuner.errors import TuneError
-from tuner.explain import Shape
 from tuner.hardware import CPU, Hardware, find_compiler, resolve
 from tuner.latency_case import Case, label
 from tuner.noise import Noise, noise_path, read_noise
 from tuner.plan import make_tasks
 from tuner.regression import Rule
 from tuner.selection import Selection, check_one_profile, load, nothing_passes, profile_path
+from tuner.shape import Shape
 from tuner.writer import check_writable
 
 DEFAULT_RUNS = 3

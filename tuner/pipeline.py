@@ -24,7 +24,7 @@ from tuner.device_process import GPU_GONE
 from tuner.devices import Device
 from tuner.display import Display
 from tuner.entry import Confirmation, entries_of, stored_entry
-from tuner.errors import TuneError
+from tuner.errors import LOST, TuneError
 from tuner.ladder import hopeless
 from tuner.measure_job import confirm_job, copy_job, measure_job
 from tuner.phases import Phases
@@ -54,6 +54,8 @@ BUSY_RETRIES = 3
 
 class DeviceLost(TuneError):
     """No device is left to measure on."""
+
+    code = LOST
 
 
 class Pipeline:

@@ -51,6 +51,13 @@ def parse_tokens(text: str | None) -> list[int] | None:
     return tokens
 
 
+def nothing_runs(kernels: Sequence[str], workloads: Sequence[Workload], hardware: Hardware) -> TuneError:
+    """The error where :func:`make_tasks` gives none: why each of the kernels has nothing to tune."""
+    specs = [KERNELS[name] for name in kernels]
+    why = dict.fromkeys(spec.unserved_on(spec.problem(w.n, w.C, w.dtype), hardware.arch) for spec in specs for w in workloads)
+    return TuneError(f"--kernels {','.join(kernels)}: got none that runs on {hardware.arch}: {'; '.join(filter(None, why))}")
+
+
 def make_tasks(kernels: Sequence[str], workloads: Sequence[Workload], hardware: Hardware, tokens: Sequence[int] | None) -> list[Task]:
     """One task per program and token count; a program without C in it is tuned once for every C, one without T once for every T."""
     tasks: dict[tuple[str, Problem, int], Task] = {}

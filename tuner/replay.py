@@ -8,17 +8,14 @@ too, which are known to be good; ``seeded`` runs, as they ship, have them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing
-import os
 import platform
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -33,12 +30,13 @@ from rich.table import Table
 
 from tl_kernels import KERNELS
 from tl_kernels.spec import Config, Kernel, Problem
-from tuner.errors import TuneError, one_line
+from tuner.errors import TuneError
 from tuner.ledger import Ledger, Study, read_ledger
 from tuner.replay_plot import plot
 from tuner.search import Search
 from tuner.task import Result, Task, config_key
 from tuner.waiting import as_they_end
+from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool
 from tuner.writer import check_writable
 
 COLD, SEEDED = "cold", "seeded"
@@ -145,19 +143,15 @@ def replay_job(study: Study, arch: str, job: Job, request: ReplayRequest) -> int
 
 # -- many of them, in processes ---------------------------------------------------------------------------------------------------
 
-_ledger: Ledger | None = None
+#: Seconds for one search: nobody waits for one that has gone wrong for ever.
+JOB_S = 24 * 3600.0
+#: A process reads it once.
+_read = functools.cache(read_ledger)
 
 
-def _begin(path: Path) -> None:
-    """In a fresh process: read the ledger once, and leave Ctrl-C to the parent."""
-    global _ledger
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _ledger = read_ledger(path)
-
-
-def _run(job: Job, request: ReplayRequest) -> tuple[Job, int | None]:
-    assert _ledger is not None
-    return job, replay_job(_ledger.studies[job.study], _ledger.hardware.arch, job, request)
+def _run(job: Job, request: ReplayRequest) -> int | None:
+    ledger = _read(request.ledger)
+    return replay_job(ledger.studies[job.study], ledger.hardware.arch, job, request)
 
 
 def make_jobs(ledger: Ledger, request: ReplayRequest) -> list[Job]:
@@ -173,21 +167,14 @@ def make_jobs(ledger: Ledger, request: ReplayRequest) -> list[Job]:
 
 def run_jobs(jobs: Sequence[Job], request: ReplayRequest) -> Iterator[tuple[Job, int | None]]:
     """Each job's answer as it comes."""
-    # a process a core: threads below it would only wait for each other; OpenMP reads this when torch is imported
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(request.jobs, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(request.ledger,))
-    try:
-        for future in as_they_end([pool.submit(_run, job, request) for job in jobs]):
-            yield future.result()
-    except BrokenExecutor as e:
-        raise TuneError(f"replay: a process died: {one_line(e)}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    # a process a core: threads below it would only wait for each other
+    with WorkerPool(request.jobs, env=COMPILE_ENV) as pool:
+        futures = {pool.submit(_run, job, request, timeout=JOB_S): job for job in jobs}
+        try:
+            for future in as_they_end(futures):
+                yield futures[future], future.result()
+        except WorkerError as e:
+            raise TuneError(f"replay: {e}") from None
 
 
 # -- what came of it --------------------------------------------------------------------------------------------------------------

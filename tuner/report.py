@@ -16,12 +16,13 @@ from urllib.parse import quote
 
 from mhc.files import replace_file
 from mhc.profile import packaged_dir
+from mhc.yamlfile import printable
 from tl_kernels import KERNELS
 from tuner import report_plots as plots
 from tuner import report_tables as tables
 from tuner.bench_case import PASSES
 from tuner.bench_report import TITLES, readme_table
-from tuner.errors import TuneError, printable
+from tuner.errors import TuneError
 from tuner.report_flops import flops
 from tuner.report_history import OURS, RIVAL, history, last_commit, times_of
 from tuner.report_read import Bench, Device, File, ShapeResult, read_devices

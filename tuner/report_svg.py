@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from xml.etree import ElementTree
 
-from tuner.errors import printable
+from mhc.yamlfile import printable
 
 #: Colours as matplotlib is given them, each the name of a variable of the page. The palette is Okabe and Ito's, told apart by colour-blind
 #: people; markers differ as well.

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mhc.schema import Entry, Profile
+from mhc.yamlfile import printable
 from tl_kernels import KERNELS
 from tuner.bench_case import PASSES
 from tuner.bench_report import TITLES
 from tuner.check_report import VERDICTS
 from tuner.display import gain_text, microseconds, percent
-from tuner.errors import printable
 from tuner.report_history import SERIES, History
 from tuner.report_plots import Gain
 from tuner.report_read import Bench, Check, DecodeRow, Device, KernelRow, Replay, Row, ShapeResult, Startup, Time, Tune

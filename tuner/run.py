@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mhc.files import replace_file
+from mhc.profile import packaged_dir
 from tuner.devices import Device, aim, pick, visible_devices
 from tuner.display import Display, duration, funnel_line, make_console, result_table
 from tuner.effort import effort_of
-from tuner.errors import INTERRUPTED, TuneError, printable
+from tuner.errors import INTERRUPTED, LOST, TuneError
 from tuner.hardware import Hardware, find_compiler, resolve
-from tuner.plan import make_tasks, parse_tokens, pick_kernels, pick_workloads, split_names
-from tuner.storage import open_storage, redacted
+from tuner.plan import make_tasks, nothing_runs, parse_tokens, pick_kernels, pick_workloads, split_names
+from tuner.storage import is_private, open_storage, redacted
 from tuner.workers import cores
 from tuner.workloads import WorkloadError, load_workloads
 
 if TYPE_CHECKING:
     from tuner.pipeline import Pipeline
     from tuner.settings import Settings
+    from tuner.writer import ProfileWriter
 
 STATE = Path(".mhc-tune")
 #: Workers' output beyond this is thrown away by the next run.
@@ -35,9 +37,8 @@ MAX_LOG_BYTES = 1 << 20
 #: A year; what is meant to be longer has no limit.
 MAX_TIME_LIMIT_S = 365 * 86_400
 
-#: Exit codes beside 0, 2 (the user must change something: tuner/errors.py) and 130 (interrupted).
+#: Exit code beside 0 and those of tuner/errors.py.
 NOTHING_TUNED = 1
-LOST = 3
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def run(request: Request) -> int:
     if request.raw is not None:
         check_writable(request.raw, "--raw")
     tasks = make_tasks(kernels, workloads, hardware, tokens)
+    if not tasks:
+        raise nothing_runs(kernels, workloads, hardware)
     effort = effort_of(hardware.arch, request.effort)
     url = storage_url(request.storage, hardware)
     settings = Settings(
@@ -138,41 +141,43 @@ def run(request: Request) -> int:
         log=worker_log(),
         sampler=sampler,
     )
-    console = make_console()
-    with Display(console) as display:
-        display.note(_opening(settings, len(devices), len(tasks), writer.path))
+    display = Display(make_console())
+    display.note(_opening(settings, len(devices), len(tasks), writer.path))
+    for note in writer.notes:
+        display.note(note)
+    with contextlib.closing(Store(storage := open_storage(url), url)) as store:
         if request.storage is not None:
-            display.note(f"storage {redacted(url)}; mhc-tune worker joins in")
-        for note in writer.notes:
-            display.note(note)
-        with contextlib.closing(Store(open_storage(url), url)) as store:
-            pipeline = Pipeline(settings, [settings.order(task) for task in tasks], store, writer, display, devices)
-            code = tune(pipeline)
-    report(pipeline, console)
-    where = f"{len(pipeline.entries)} entries of this run are in {writer.path}" if writer.written else "no profile was written"
-    closing(pipeline, console, code, where, "; run the same command again to go on")
-    if request.raw is not None:
+            joining = "nobody can join in, and it is gone with this run" if is_private(storage) else "mhc-tune worker joins in"
+            display.note(f"storage {redacted(url)}; {joining}")
+        pipeline = Pipeline(settings, [settings.order(task) for task in tasks], store, writer, display, devices)
+
+        def where() -> str:
+            return f"{len(pipeline.entries)} entries of this run are in {writer.path}" if writer.written else "no profile was written"
+
         try:
-            replace_file(request.raw, json.dumps(raw(pipeline), indent=1) + "\n")
-        except OSError as e:
-            raise TuneError(f"--raw {request.raw}: cannot be written: {e.strerror or e}") from None
+            code = tune(pipeline, where, "; run the same command again to go on")
+        finally:
+            if request.raw is not None:
+                try:
+                    replace_file(request.raw, json.dumps(raw(pipeline), indent=1) + "\n")
+                except OSError as e:
+                    raise TuneError(f"--raw {request.raw}: cannot be written: {e.strerror or e}") from None
     return code or (0 if pipeline.entries else NOTHING_TUNED)
 
 
-def tune(pipeline: Pipeline) -> int:
-    """Run it to its end, whatever ends it: 0, INTERRUPTED, or LOST with a line on stderr."""
-    from tuner.pipeline import DeviceLost
-    from tuner.store import StorageLost
-
+def tune(pipeline: Pipeline, where: Callable[[], str], again: str) -> int:
+    """Run it, and say what came of it, whatever ended it. Returns 0 or INTERRUPTED; raises what else ended it."""
+    code = LOST
     try:
-        with term_is_interrupt():
+        with term_is_interrupt(), pipeline.display:
             pipeline.run()
+        code = 0
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except (StorageLost, DeviceLost) as e:
-        print(f"mhc-tune: {printable(str(e))}", file=sys.stderr)
-        return LOST
-    return 0
+        code = INTERRUPTED
+    finally:
+        report(pipeline, pipeline.display.console)
+        closing(pipeline, pipeline.display.console, code, where(), again)
+    return code
 
 
 def report(pipeline: Pipeline, console: Console) -> None:
@@ -187,7 +192,7 @@ def report(pipeline: Pipeline, console: Console) -> None:
 
 
 def closing(pipeline: Pipeline, console: Console, code: int, where: str, again: str) -> None:
-    """The last line."""
+    """The last line, and one more where the profile is not where ``import mhc`` looks."""
     done, wanted = sum(s.state == "done" for s in pipeline.studies), len(pipeline.studies)
     verb = {INTERRUPTED: "interrupted", LOST: "stopped"}.get(code, "done")
     console.print(
@@ -196,6 +201,17 @@ def closing(pipeline: Pipeline, console: Console, code: int, where: str, again: 
         markup=False,
         soft_wrap=True,
     )
+    if pipeline.writer is not None and pipeline.writer.written and not _found_by_mhc(pipeline.writer):
+        path = str(pipeline.writer.path.absolute())
+        console.print(
+            f"`import mhc` does not look there; to use it: MHC_PROFILE={shlex.quote(path)}, or mhc.load_profile({path!r})",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _found_by_mhc(writer: ProfileWriter) -> bool:
+    return writer.path.resolve() == (packaged_dir() / f"{writer.hardware.profile}.yaml").resolve()
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from mhc.profile import ProfileError, packaged_dir, packaged_names, read_profile
 from mhc.schema import Entry, Profile
 from tl_kernels import KERNELS, NAMES
 from tuner.errors import TuneError, unknown
-from tuner.explain import Shape, parse_shape
 from tuner.hardware import CPU
 from tuner.plan import pick_kernels, pick_workloads, split_names
+from tuner.shape import Shape, parse_shape
 from tuner.workloads import Workload, WorkloadError, load_workloads
 
 

@@ -29,6 +29,7 @@ from tuner.bench_case import TOLERANCE, Shape
 from tuner.bench_display import BenchDisplay
 from tuner.bench_remote import find_env, parse_envs, python_command
 from tuner.bench_rivals import check_rivals, rival, rival_names
+from tuner.child_python import module_arguments
 from tuner.errors import INTERRUPTED, TuneError, unknown
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
@@ -152,7 +153,7 @@ def _start(arguments: list[str], env: Path | None, folder: Path, more: Mapping[s
     """
     links = folder / "links"
     links.mkdir(exist_ok=True)
-    command, variables = python_command(env, ["-m", "tuner.startup_worker", *arguments], links)
+    command, variables = python_command(env, module_arguments("tuner.startup_worker", *arguments), links)
     hidden = ("MHC_BUNDLE", *(COMPILERS if more else ()))
     variables = {k: v for k, v in variables.items() if k not in hidden}
     variables |= {variable: str(folder / name) for variable, name in CACHES.items()} | dict(more)

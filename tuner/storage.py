@@ -27,7 +27,8 @@ STORAGE_VARIABLE = "MHC_TUNE_STORAGE"
 HIDDEN = "***"
 #: ``scheme://user:`` up to the last @ before a space: a password may hold any other character, badly quoted ones included.
 _USER_PASSWORD = re.compile(r"([A-Za-z][\w+.-]*://[^\s:/@]*):\S*@")
-_QUERY_PASSWORD = re.compile(r"((?:password|passwd|passphrase|pwd|secret|token)\s*(?:=|%3D)\s*)[^\s&'\";,]+", re.IGNORECASE)
+_NAMES = r"(?:password|passwd|passphrase|pwd|secret|token)"
+_QUERY_PASSWORD = re.compile(rf"({_NAMES}\s*(?:=|%3D)\s*)[^\s&'\";,]+", re.IGNORECASE)
 
 
 def redact_text(text: str) -> str:
@@ -39,7 +40,7 @@ def redacted(url: str) -> str:
     """A storage URL as it may be shown."""
     # one argument is one URL, spaces in its password included
     whole = re.sub(r"^([A-Za-z][\w+.-]*://[^:/@]*):.*@", rf"\1:{HIDDEN}@", url.strip(), flags=re.DOTALL)
-    return " ".join(re.sub(r"(?i)((?:password|passwd|passphrase|pwd|secret|token)=)[^&]+", rf"\1{HIDDEN}", whole).split())
+    return " ".join(re.sub(rf"(?i)({_NAMES}=)[^&]+", rf"\1{HIDDEN}", whole).split())
 
 
 def _passwords(url: str) -> list[str]:
@@ -47,7 +48,7 @@ def _passwords(url: str) -> list[str]:
     from urllib.parse import unquote
 
     found = [m[1] for m in (re.search(r"://[^:/@]*:(.*)@", url, re.DOTALL),) if m]
-    found += re.findall(r"(?i)(?:password|passwd|passphrase|pwd|secret|token)=([^&]+)", url)
+    found += re.findall(rf"(?i){_NAMES}=([^&]+)", url)
     return sorted({form for p in found for form in (p, unquote(p)) if len(form) > 2}, key=len, reverse=True)
 
 
@@ -101,9 +102,21 @@ def open_storage(url: str, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRACE_
         except Exception as e:  # SQLAlchemy, its drivers and Optuna each have their own
             # two processes that create the tables at once: the second finds them made on its next attempt
             if attempt == 4 or not re.search(r"already exists|duplicate key|UNIQUE constraint|being created", f"{e} {e.__cause__}"):
-                raise TuneError(f"--storage {redacted(url)}: cannot be opened: {redact_error(e, url)}") from None
+                wanted = "; wanted postgresql://user@host/database or sqlite:///file" if _is_no_url(e) else ""
+                raise TuneError(f"--storage {redacted(url)}: cannot be opened: {redact_error(e, url)}{wanted}") from None
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError("unreachable")
+
+
+def _is_no_url(error: BaseException) -> bool:
+    from sqlalchemy.exc import ArgumentError  # also of a scheme that nothing is known of
+
+    return isinstance(error, ArgumentError) or isinstance(error.__cause__, ArgumentError)
+
+
+def is_private(storage: optuna.storages.RDBStorage) -> bool:
+    """Whether it is in this process's memory: nobody else can join in, and nothing of it stays."""
+    return storage.engine.name == "sqlite" and storage.engine.url.database in (None, "", ":memory:")
 
 
 def _tune_connections(storage: optuna.storages.RDBStorage, grace_s: int) -> None:
@@ -136,9 +149,9 @@ def _tune_connections(storage: optuna.storages.RDBStorage, grace_s: int) -> None
         cursor.close()
         connection.commit()
 
+    if is_private(storage):
+        return
     if engine.name == "sqlite":
-        if engine.url.database in (None, "", ":memory:"):
-            return
         event.listen(engine, "connect", sqlite)
         event.listen(engine, "begin", begin)
     elif engine.name == "postgresql":

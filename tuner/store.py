@@ -15,7 +15,7 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.errors import TuneError
+from tuner.errors import LOST, TuneError
 from tuner.identity import is_dead, this_process
 from tuner.storage import redact_error, redacted
 
@@ -31,6 +31,8 @@ _TROUBLE = (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError, KeyEr
 
 class StorageLost(TuneError):
     """The storage stopped answering in the middle of a run."""
+
+    code = LOST
 
 
 class Store:

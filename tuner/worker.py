@@ -16,7 +16,7 @@ from tuner.errors import INTERRUPTED, TuneError
 from tuner.hardware import Hardware
 from tuner.pipeline import Pipeline
 from tuner.plan import pick_kernels, split_names
-from tuner.run import closing, compile_jobs, find_hardware, report, term_is_interrupt, tune, worker_log
+from tuner.run import compile_jobs, find_hardware, term_is_interrupt, tune, worker_log
 from tuner.settings import Settings
 from tuner.storage import open_storage, redacted
 from tuner.store import Store
@@ -84,6 +84,10 @@ def work(request: WorkerRequest) -> int:
     with contextlib.closing(Store(open_storage(request.storage), request.storage)) as store:
         said: set[str] = set()
         shown = redacted(request.storage)
+
+        def where() -> str:
+            return f"the results are in {shown}" + (f" and {writer.path}" if writer is not None and writer.written else "")
+
         console.print(f"mhc-tune worker: {hardware.name} ({hardware.arch}), storage {shown}", markup=False, soft_wrap=True)
         while True:
             todo, stale = open_orders(store, hardware, kernels)
@@ -101,16 +105,14 @@ def work(request: WorkerRequest) -> int:
                     with term_is_interrupt():
                         time.sleep(LOOK_S)
                 except KeyboardInterrupt:
+                    if not worked:
+                        raise
                     return INTERRUPTED
                 continue
             worked = True
-            with Display(console) as display:
-                pipeline = Pipeline(settings, todo, store, writer, display, devices, announce=False)
-                code = tune(pipeline)
+            pipeline = Pipeline(settings, todo, store, writer, Display(console), devices, announce=False)
+            code = tune(pipeline, where, "")
             left_alone |= {study.task.key for study in pipeline.studies if study.state == "failed"}
-            report(pipeline, console)
-            profile = f" and {writer.path}" if writer is not None and writer.written else ""
-            closing(pipeline, console, code, f"the results are in {shown}{profile}", "")
             if code:
                 return code
 

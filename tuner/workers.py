@@ -1,6 +1,6 @@
 """Killable worker processes: a job that crashes or hangs takes its own process with it and nothing else.
 
-Each worker is ``python -m tuner.worker_main`` in a process group of its own (a Ctrl-C in the terminal does not reach it, and killing it
+Each worker is ``tuner.worker_main`` in a process group of its own (a Ctrl-C in the terminal does not reach it, and killing it
 takes its nvcc along), driven by one thread of this process. Jobs are module-level functions with picklable arguments and results.
 """
 
@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tuner.child_python import module_arguments
 from tuner.storage import STORAGE_VARIABLE
 
 START_TIMEOUT_S = 180.0
@@ -63,7 +64,7 @@ class _Process:
         read_end, write_end = ours[0], theirs[1]
         folders = [*(path or ()), *(p or os.getcwd() for p in sys.path)]
         full = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(folders)}
-        command = [sys.executable, "-m", "tuner.worker_main", str(theirs[0]), str(ours[1]), str(nice)]
+        command = [sys.executable, *module_arguments("tuner.worker_main", str(theirs[0]), str(ours[1]), str(nice))]
         stream = open(log if log is not None else os.devnull, "ab")  # noqa: SIM115  (handed to the child, closed below)
         try:
             self.popen = subprocess.Popen(
@@ -74,7 +75,6 @@ class _Process:
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,
-                cwd=path[0] if path else None,  # python -m imports from there first
             )
         finally:
             os.close(theirs[0])
@@ -132,7 +132,7 @@ class WorkerPool:
     """``size`` worker processes, started on their first job. Lower ``priority`` runs first, then first come first served.
 
     ``env`` is added to this process's environment, ``log`` receives their output (else it is dropped), ``nice`` is their niceness.
-    ``path``: folders that they import from before this process's own, ``tuner`` among what is there; the first is their working folder.
+    ``path``: folders that they import from before this process's own, ``tuner`` among what is there.
     """
 
     def __init__(

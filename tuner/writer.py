@@ -174,15 +174,16 @@ def make_provenance(hardware: Hardware, copy_gbps: float, seed: int, trials: int
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the checkout the tuner runs from, with ``+`` where it has changes; None outside one. Asked once: what a run writes is
-    no change of what it runs.
+    """The commit of the checkout the tuner runs from, with ``+`` where it has changes; None outside one, as in an environment that lies in
+    somebody's repository. Asked once: what a run writes is no change of what it runs.
     """
-    folder = Path(__file__).resolve().parent
+    file = Path(__file__).resolve()
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(["git", *args], cwd=file.parent, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "--", file.name)
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -41,6 +41,17 @@ def make_task(kernel: str = "pre_bwd", C: int = 1280, T: int = 64, arch: str = "
 
 
 @pytest.fixture
+def hostile_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder whose files have the names of modules that are not to be taken from it."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in ("tuner", "mhc", "tl_kernels", "queue", "select", "runpy", "json"):
+        (folder / f"{name}.py").write_text("raise SystemExit(f'{__name__} was taken from the working folder')\n")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
 def make_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pipeline]]:
     """``make_pipeline(tasks, trials=..., compile=..., measure=...)`` on one storage and one profile per test."""
     stores = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,10 @@ def copy_unless_url_is_known(target: str) -> float:
     if "postgresql" in known:
         raise RuntimeError("the storage URL is known here")
     return 10.0
+
+
+def import_path() -> list[str]:
+    return sys.path
 
 
 def poisoned_device() -> None:

@@ -106,7 +106,7 @@ def test_a_worker_that_hangs_is_killed(tmp_path):
         hanging.close()
 
 
-def test_a_worker_killed_between_rounds_keeps_its_row():
+def test_a_worker_killed_between_rounds_keeps_its_row(hostile_folder):
     mortal = RivalWorker("cpu")
     mortal.start()
     entrant = mortal.entrant(TINY)
@@ -120,13 +120,13 @@ def test_a_worker_killed_between_rounds_keeps_its_row():
 
 
 @pytest.mark.parametrize("kind", ["interpreter", "script"])
-def test_environments(tmp_path, kind):
+def test_environments(tmp_path, kind, hostile_folder):
     env = tmp_path / "python"
     env.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     env.chmod(0o755)
     if kind == "script":
         env = tmp_path / "activate-it.sh"
-        env.write_text(f"export PYTHONPATH={bench_remote.HERE} PATH={tmp_path}:$PATH\n")
+        env.write_text(f"export PATH={tmp_path}:$PATH\n")
     worker = RivalWorker("cpu", env)
     try:
         worker.start()

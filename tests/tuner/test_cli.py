@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,7 +40,8 @@ def run_here(monkeypatch, *args):
 def test_help_teaches(tmp_path):
     done = mhc_tune(tmp_path, "--help")
     assert done.returncode == 0
-    for text in ("--gpu", "--kernels", "--time-limit", "--storage", "--sampler", "Ctrl-C", "mhc-tune --gpu h100", "Examples", "Exit codes"):
+    options = ("--gpu", "--kernels", "--time-limit", "--storage", "--sampler")
+    for text in (*options, "Ctrl-C", "mhc-tune --gpu h100", "Examples", "Exit codes", "MHC_PROFILE"):
         assert text in done.stdout, text
 
 
@@ -80,6 +82,11 @@ def test_bench_from_outside(tmp_path):
         (["--gpu", "cpu", "--storage", "nowhere://x"], "--storage nowhere://x: cannot be opened"),
         (["--gpu", "cpu", "--sampler", "tpee"], "did you mean 'tpe'"),
         (["--gpu", "cpu", "--devices", "0"], "--devices 0: there is one CPU"),
+        (["--gpu", "cpu", "--storage", "foo"], "wanted postgresql://user@host/database or sqlite:///file"),
+        (
+            ["--gpu", "cpu", "--kernels", "project_pre,pre_streams_grad"],
+            "got none that runs on cpu: project_pre: wanted compute capability 9.0",
+        ),
         (["worker"], "--storage: got nothing"),
         (["worker", "--gpu", "cpu", "--storage", "nowhere://u:hush@x"], "--storage nowhere://u:***@x: cannot be opened"),
         (["worker", "--storage", "sqlite://", "--kernels", "pree"], "did you mean 'pre'"),
@@ -103,6 +110,53 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, monkeypatc
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("mhc-tune: ")
+
+
+@pytest.mark.parametrize("args", [("--gpu", "cpu", "--kernels", "pre"), ("compile", "--gpu", "h100", "-o", "bundle")])
+def test_a_cache_of_tilelang_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path, args):
+    done = mhc_tune(tmp_path, *args, TILELANG_CACHE_DIR="/dev/null/cache")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "set TILELANG_CACHE_DIR" in line
+
+
+@pytest.mark.parametrize(
+    ("first", "args"),
+    [
+        ("tuner.run.find_hardware", ["--gpu", "cpu"]),
+        ("tuner.worker.find_hardware", ["worker", "--storage", "sqlite://"]),
+        ("tuner.explain.parse_shape", ["explain", "pre", "64x4x1280"]),
+        ("tuner.bench.make_plan", ["bench", "--gpu", "cpu"]),
+        ("tuner.latency_check.make_plan", ["check", "--gpu", "cpu"]),
+        ("tuner.bundle.find_compiler", ["compile", "--gpu", "h100", "-o", "bundle"]),
+    ],
+)
+def test_ctrl_c_before_anything_is_measured_says_so_once(tmp_path, monkeypatch, capsys, first, args):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(first, interrupt)
+    assert run_here(monkeypatch, *args) == 130
+    assert capsys.readouterr() == ("", "mhc-tune: interrupted before anything was measured\n")
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_crash(monkeypatch, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__spec__=SimpleNamespace(_initializing=True)))
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as exit:
+        cli._interrupt()
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "mhc-tune: interrupted before anything was measured\n"
+
+
+def test_an_output_that_takes_nothing_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_here(monkeypatch, "explain", "pre", "64x4x1280", "--gpu", "cpu") == 2
+    assert capsys.readouterr().err == "mhc-tune: the output cannot be written: No space left on device\n"
 
 
 def test_a_missing_compiler_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):

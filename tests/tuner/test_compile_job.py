@@ -19,6 +19,7 @@ from tuner.compile_job import (
     refuse,
     shared_limit,
 )
+from tuner.errors import one_line
 
 
 def test_limits_by_architecture():
@@ -142,3 +143,16 @@ def test_a_configuration_compiles_for_the_cpu():
     result = compile_job("pre", p, kernel.default(p), "cpu")
     assert result["seconds"] > 0
     assert {k for k, v in result.items() if v is None} == {"shared_bytes", "threads", "registers", "stack", "infeasible", "rung"}
+
+
+def test_what_the_cpus_compiler_says_is_the_reason(tmp_path, monkeypatch, capfd):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'g++: fatal error: Killed signal terminated program cc1plus' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr("tilelang.contrib.cc.get_cplus_compiler", lambda: str(compiler))
+    kernel = KERNELS["sinkhorn"]
+    p = kernel.problem(1, 8, iters=7)  # nobody has compiled it
+    with pytest.raises(RuntimeError) as e:
+        compile_job("sinkhorn", p, kernel.default(p), "cpu")
+    assert one_line(e.value) == "RuntimeError: g++: fatal error: Killed signal terminated program cc1plus"
+    assert "Killed signal" in capfd.readouterr().err, "the log has all of it"

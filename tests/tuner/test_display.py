@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from mhc.schema import Entry
-from tuner.display import RUNGS, Display, duration, funnel_line, gain_text, microseconds, percent, result_table, time_line
+from tuner.display import RUNGS, Display, duration, funnel_line, gain_text, microseconds, percent, result_table
 
 ENTRY = Entry(
     kernel="post_res_bwd",
@@ -64,6 +64,28 @@ def test_entries_that_differ_in_C_only_share_a_row():
     assert "any" in text
 
 
+LONG = ENTRY.model_copy(
+    update={"kernel": "post_res_coefficients_bwd", "tokens": 16384, "default_us": 123456.0, "gbps": 14771.3, "copy_share": 1.12}
+)
+
+
+def test_on_80_columns_nothing_of_a_row_is_lost():
+    rows = [ENTRY, LONG.model_copy(update={"gain_ci": (0.9081, 0.9101)}), LONG.model_copy(update={"impl": "reference", "tokens": 1})]
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(result_table(rows, "H100"))
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in stream.getvalue()
+    for text in ("8192x4x2560", "16384x4x2560", "bf16", "123456", "136.0", "14771.3", "112%", "win 99.9%", "reference"):
+        assert any(text in line for line in lines), text
+
+
+def test_in_a_pipe_a_row_is_a_line():
+    said = printed(lambda console: console.print(result_table([SURE, LONG], "H100"))).splitlines()
+    assert len(said) == 1 + 2 + 2
+    assert said[-1].split()[:4] == ["post_res_coefficients_bwd", "16384x4x2560", "bf16", "123456"]
+
+
 SURE = ENTRY.model_copy(update={"gain_ci": (0.9081, 0.9101)})
 
 
@@ -107,13 +129,5 @@ def test_the_funnel_is_one_line_in_the_order_of_the_ladder():
         " 12 timed in full, 1 new_rung, 292 not tried"
     )
     assert funnel_line(counts) == line
-    assert printed(lambda console: Display(Console(file=console.file, width=200)).funnel(counts)) == line + "\n"
     assert funnel_line({}) == "0 configurations: none tried"
     assert len(set(RUNGS.values())) == len(RUNGS)
-
-
-def test_where_the_time_went_is_one_line_longest_first():
-    phases = {"compile": 60.0, "timing": 183.0, "gate": 0.0}
-    assert time_line(phases) == "timing 3:03 (75%), compile 1:00 (25%)"
-    assert printed(lambda console: Display(console).time_spent(phases)) == f"where the time went: {time_line(phases)}\n"
-    assert time_line({}) == "nothing took any time"

@@ -17,7 +17,8 @@ from tl_kernels import KERNELS
 from tuner import cli
 from tuner.errors import TuneError
 from tuner.evidence import verdict_text
-from tuner.explain import ExplainRequest, Shape, explain, neighbours, parse_shape
+from tuner.explain import ExplainRequest, explain, neighbours
+from tuner.shape import Shape, parse_shape
 
 TWO_DAYS_AGO = (datetime.now(timezone.utc) - timedelta(days=2, hours=1)).isoformat(timespec="seconds")
 PROVENANCE = Provenance(

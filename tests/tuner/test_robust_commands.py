@@ -39,7 +39,7 @@ SECRET = "s3cret"
 #: What the commands do once they believe their arguments.
 BEGINNINGS = (
     "bench.Bench",
-    "replay.ProcessPoolExecutor",
+    "replay.WorkerPool",
     "dashboard._Server",
     "report.render",
     "workers.WorkerPool",

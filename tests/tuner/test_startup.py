@@ -21,7 +21,7 @@ def run(request, out):
     return code, {(row["rival"], row["setup"]): row for row in result["rows"]}, (out / "startup.md").read_text()
 
 
-def test_a_start_goes_through_its_moments_in_order_and_finds_what_was_cached(tmp_path):
+def test_a_start_goes_through_its_moments_in_order_and_finds_what_was_cached(tmp_path, hostile_folder):
     code, rows, text = run(TINY, tmp_path)
     assert code == 0
     for row in rows.values():

@@ -1,11 +1,12 @@
 """``mhc-tune worker`` and ``--storage`` on the command line, over planted jobs: joining, leaving alone, and no password anywhere."""
 
+import io
 import sys
 from dataclasses import replace
 
 import pytest
 
-from mhc.profile import read_profile
+from mhc.profile import load_profile, read_profile, reset
 from tests.tuner import planted
 from tests.tuner.conftest import PASSWORD, make_task
 from tuner import cli
@@ -14,7 +15,7 @@ from tuner import store as store_module
 from tuner.effort import Effort
 from tuner.hardware import cpu_model
 from tuner.storage import open_storage
-from tuner.store import Store
+from tuner.store import StorageLost, Store
 from tuner.task import Order
 from tuner.warm import ORDER, orders
 from tuner.worker import open_orders
@@ -103,6 +104,62 @@ def test_a_run_announces_its_studies_and_keeps_what_others_asked(make_pipeline, 
     found, stale = open_orders(run.store, run.settings.hardware, ["pre_bwd"])
     assert (found, stale) == ([order], [])
     assert open_orders(run.store, run.settings.hardware, ["pre"]) == ([], [])
+
+
+def lose(*args):
+    raise StorageLost("--storage x: lost in mid-run: it is gone")
+
+
+@pytest.mark.parametrize("where", ["tuner.worker.open_orders", "tuner.worker.Pipeline", "tuner.pipeline.Pipeline"])
+def test_a_storage_lost_between_studies_is_exit_code_3_too(command, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(where, lambda *args, **more: lose())
+    url = f"sqlite:///{tmp_path}/x.db"
+    if where == "tuner.worker.Pipeline":
+        monkeypatch.setattr("tuner.worker.open_orders", lambda *args: ([Order(task_here(), 3, Effort(3, 3, 1.0, 1, 9, 1.0))], []))
+    args = ("--gpu", "cpu", *SHAPE) if where == "tuner.pipeline.Pipeline" else ("worker", "--gpu", "cpu")
+    code, said = command(*args, "--storage", url)
+    assert code == 3, said
+    assert said.splitlines()[-1] == "mhc-tune: --storage x: lost in mid-run: it is gone"
+
+
+def test_a_worker_interrupted_while_it_waits_says_that_nothing_was_measured(command, tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tuner.worker.time.sleep", interrupt)
+    code, said = command("worker", "--gpu", "cpu", "--wait", "--storage", f"sqlite:///{tmp_path}/x.db")
+    assert code == 130, said
+    assert said.endswith("mhc-tune: interrupted before anything was measured\n")
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_the_last_line_says_how_to_use_a_profile_that_mhc_does_not_find(command, tmp_path, monkeypatch, found):
+    if found:
+        monkeypatch.setattr("tuner.run.packaged_dir", lambda: tmp_path / "configs")
+    code, said = command("--gpu", "cpu", *SHAPE, "--trials", "1")
+    assert code == 0, said
+    path = tmp_path / "configs" / "cpu.yaml"
+    last = f"`import mhc` does not look there; to use it: MHC_PROFILE={path}, or mhc.load_profile('{path}')"
+    assert (said.splitlines()[-1] == last) != found, said
+    assert load_profile(path).entries
+    reset()
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(command, tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    code, said = command("--gpu", "cpu", *SHAPE, "--trials", "1", "--output", "\u00e9.yaml")
+    assert code == 0, said
+    assert read_profile(tmp_path / "\u00e9.yaml").entries
+    assert b"entries of this run are in \\xe9.yaml" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize(("url", "joins"), [("sqlite:///x.db", True), ("sqlite:///:memory:", False), ("foo", None)])
+def test_only_a_storage_that_is_open_and_shared_is_said_to_be_joined(command, url, joins):
+    code, said = command("--gpu", "cpu", *SHAPE, "--trials", "1", "--storage", url)
+    assert code == (2 if joins is None else 0), said
+    assert ("; mhc-tune worker joins in" in said) == (joins is True)
+    assert ("; nobody can join in" in said) == (joins is False)
 
 
 def test_no_password_lands_anywhere(command, postgres_url, tmp_path):

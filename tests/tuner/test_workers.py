@@ -39,6 +39,15 @@ def test_a_hang_is_killed_after_its_limit_and_the_pool_goes_on(pool):
     assert pool.submit(operator.add, 2, 3, timeout=30).result() == 5
 
 
+def test_nothing_is_imported_from_the_working_folder(hostile_folder, tmp_path):
+    log = tmp_path / "log"
+    with WorkerPool(1, log=log) as pool:
+        path = pool.submit(planted.import_path, timeout=120).result()
+    assert str(hostile_folder) not in path
+    assert "" not in path
+    assert not log.read_text()
+
+
 def test_an_exception_arrives_as_one_line(pool):
     with pytest.raises(WorkerError, match="ZeroDivisionError: division by zero"):
         pool.submit(operator.truediv, 1, 0, timeout=30).result()

@@ -2,7 +2,9 @@
 
 import os
 import random
+import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -11,9 +13,10 @@ from mhc.profile import read_profile
 from mhc.schema import Entry
 from tests.tuner.conftest import HARDWARE
 from tl_kernels import KERNELS
+from tuner import writer
 from tuner.errors import TuneError
 from tuner.hardware import Hardware
-from tuner.writer import ProfileWriter, check_writable, lock, make_provenance
+from tuner.writer import ProfileWriter, check_writable, git_commit, lock, make_provenance
 
 
 def entry(kernel="pre", C=1280, us=10.0, source_hash=None):
@@ -69,6 +72,22 @@ def test_a_folder_that_cannot_be_made_is_refused_before_tuning(tmp_path):
 def test_checking_leaves_nothing(tmp_path):
     check_writable(tmp_path / "new" / "cpu.yaml")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_commit_is_that_of_the_tuner_and_not_of_whoever_installed_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    file = tmp_path / ".venv" / "tuner" / "writer.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(writer, "__file__", str(file))
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "mine")
+    assert git_commit.__wrapped__() is None
+    git("add", "-f", str(file))
+    git("commit", "-q", "-m", "the tuner")
+    assert re.fullmatch("[0-9a-f]{12}", git_commit.__wrapped__())
 
 
 def test_two_writers_keep_each_others_entries(tmp_path):
