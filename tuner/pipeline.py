@@ -29,7 +29,7 @@ from tuner.ladder import hopeless
 from tuner.measure_job import confirm_job, copy_job, measure_job
 from tuner.phases import Phases
 from tuner.runner import Job, Runner
-from tuner.search import SYNC_S, ConfirmationFatal, Search
+from tuner.search import ConfirmationFatal, Search
 from tuner.settings import Settings
 from tuner.store import Store
 from tuner.study import Config, Study
@@ -296,7 +296,7 @@ class Pipeline:
         if futures:
             wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED)
         elif any(s.search.elsewhere or s.search.confirmed_elsewhere for s in self.studies if s.open):
-            time.sleep(min(POLL_S, SYNC_S))
+            time.sleep(POLL_S)
         for runner in list(self._runners):
             while (job := runner.finished()) is not None:
                 self._submit_measures()
@@ -341,7 +341,6 @@ class Pipeline:
         if runner in self._runners:
             self._runners.remove(runner)
             for job in runner.jobs:
-                job.study.measuring -= 1
                 self._give_back(job)
             runner.jobs.clear()
             runner.pool.close()

@@ -23,9 +23,7 @@ from tuner.errors import TuneError
 from tuner.samplers import DEFAULT_SAMPLER, make_sampler
 from tuner.space import MAX_LISTED, Space
 from tuner.store import Store
-from tuner.task import FAILED, INFEASIBLE, STATIC_RUNGS, TIMED, Result, Task, config_key
-
-__all__ = ["FAILED", "INFEASIBLE", "TIMED", "Result", "Search", "Task", "config_key"]
+from tuner.task import INFEASIBLE, STATIC_RUNGS, TIMED, Result, Task, config_key
 
 #: What can become of a configuration, in the order of the ladder.
 FUNNEL = ("space", "constraint", *STATIC_RUNGS, "roofline", "compile_error", "timeout", "crash", "wrong", "run_error", "slow", "ok")
@@ -62,7 +60,7 @@ class Search:
         priors: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.task = task
-        self.space = Space(task)
+        self.space = Space(task.spec, task.p, task.arch)
         self.trials = self._everything() if sampler == "brute-force" else trials
         self.sampler = sampler
         self.results: dict[str, tuple[dict[str, Any], Result]] = {}
@@ -75,7 +73,7 @@ class Search:
         self._hints, self._known = hints, known
         self._distributions = {name: CategoricalDistribution(values) for name, values in self.space.knobs.items()}
         self._random = random.Random(f"{seed}|{task.key}")
-        self._brain = optuna.create_study(sampler=make_sampler(sampler, seed, self.trials, self._listed()))
+        self._brain = optuna.create_study(sampler=make_sampler(sampler, seed, self.trials, self.space.listed))
         self._asked: dict[str, optuna.Trial] = {}
         self._first: deque[dict[str, Any]] = deque([self.default, *({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
         self._again: deque[dict[str, Any]] = deque()
@@ -94,11 +92,8 @@ class Search:
     def default(self) -> dict[str, Any]:
         return self.space.default
 
-    def _listed(self) -> list[dict[str, Any]] | None:
-        return self.space.listed
-
     def _everything(self) -> int:
-        listed = self._listed()
+        listed = self.space.listed
         if listed is None:
             raise TuneError(f"--sampler brute-force: {self.task.label} has {self.space.size} configurations, wanted at most {MAX_LISTED}")
         return len(listed) + (self.default not in listed)
@@ -133,7 +128,7 @@ class Search:
 
     def funnel(self) -> dict[str, int]:
         """How many configurations each rung of the ladder ended, from all combinations down to those that were timed."""
-        listed = self._listed()
+        listed = self.space.listed
         counts = dict.fromkeys(FUNNEL, 0)
         counts["space"] = self.space.size
         counts["constraint"] = 0 if listed is None else self.space.size - len(listed)
@@ -261,7 +256,7 @@ class Search:
                 # at another shape the knobs that are held here may be held elsewhere
                 hints = [cfg for cfg in ({**cfg, **self.space.held} for cfg in self._hints()) if self.space.fits(cfg)]
                 self._first.extend(hints[: self.trials // 2])
-                listed = self._listed()
+                listed = self.space.listed
                 if listed is not None:
                     unseen = [c for c in listed if self._new(c)]
                     if len(unseen) <= self.left:
@@ -300,7 +295,7 @@ class Search:
         return None
 
     def _unseen(self) -> dict[str, Any] | None:
-        listed = self._listed()
+        listed = self.space.listed
         if listed is None:
             return None
         unseen = [cfg for cfg in listed if self._new(cfg)]

@@ -20,7 +20,6 @@ class Study:
         self.order, self.search, self.position = order, search, position
         self.ready: deque[Config] = deque()
         self.compiling: dict[Future[Any], Config] = {}
-        self.measuring = 0
         self.closed = False
         self.state = "searching"
         self.why = ""

@@ -78,7 +78,7 @@ def test_killed_and_stopped_workers_lose_nothing_and_repeat_nothing(storage_url,
         counted = [row.key for row in rows if row.kind == CONFIG and row.result is not None]
         assert len(counted) == len(set(counted)), "no configuration was stored twice"
         search = Search(make_task(C=C), store, trials, seed=0)
-        assert len(counted) == min(trials, len(search._listed()))
+        assert len(counted) == min(trials, len(search.space.listed))
         assert search.confirmation is not None
         died += sum(row.died for row in rows)
     assert died >= killed, "those killed in mid-trial left their trials behind"

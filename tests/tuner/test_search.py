@@ -64,7 +64,7 @@ def test_batches_without_results_are_distinct_too(storage):
 def test_a_small_space_is_tried_in_full_and_then_ends(storage):
     search = Search(make_task("pre", C=1280), storage, 500, seed=0)
     tried = drain(search)
-    everything = {config_key(cfg) for cfg in search._listed()}
+    everything = {config_key(cfg) for cfg in search.space.listed}
     assert {config_key(cfg) for cfg in tried} >= everything
     assert search.left == 0
 
@@ -107,7 +107,7 @@ def test_infeasible_after_lowering_does_not_count_as_a_trial(storage):
 
 def test_hints_of_a_sibling_come_right_after_the_default(storage):
     task = make_task("post_res", C=2560, arch="sm_90a")
-    space = Search(task, storage, 8, seed=0)._listed()
+    space = Search(task, storage, 8, seed=0).space.listed
     hints = [cfg for cfg in space if cfg != task.spec.default(task.p)][:6]
     search = Search(task, storage, 8, seed=0, hints=lambda: hints)
     assert drain(search)[1:5] == hints[:4], "half of the trials at most"
@@ -294,7 +294,7 @@ def test_a_dead_workers_confirmation_is_taken_over(workers):
 def test_brute_force_tries_every_configuration(storage):
     search = Search(make_task("pre_bwd", C=2560), storage, 2, seed=0, sampler="brute-force")
     tried = drain(search)
-    assert {config_key(cfg) for cfg in tried} == {config_key(cfg) for cfg in search._listed()}
+    assert {config_key(cfg) for cfg in tried} == {config_key(cfg) for cfg in search.space.listed}
     assert len(tried) == search.trials
 
 
@@ -319,7 +319,7 @@ def test_the_funnel_counts_every_configuration_of_the_space_once(storage):
         search.tell(search.propose(), result)
     funnel = search.funnel()
     assert [funnel[name] for name in results] == [1] * len(results)
-    assert funnel["space"] - funnel["constraint"] == len(search._listed())
+    assert funnel["space"] - funnel["constraint"] == len(search.space.listed)
     drain(search)
     funnel = search.funnel()
     assert sum(funnel.values()) == 2 * funnel["space"], "each came to one end"
