@@ -9,11 +9,10 @@ that are no faster than the margin together at most 2.5% win.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.timing import median, median_interval
+from tuner.timing import median, median_interval, median_rank
 
 #: The best's ratio must lie below 1 by more than this share: samples of one run do not show what differs between two (where buffers lie).
 MARGIN = 0.01
@@ -45,7 +44,7 @@ class Verdict:
 
 def rounds_needed(comparisons: int = 1) -> int:
     """The fewest rounds after which a win is possible at all."""
-    return next(n for n in range(1, 100) if _rank(n, ERROR / comparisons) > 0)
+    return next(n for n in range(1, 100) if median_rank(n, ERROR / comparisons) > 0)
 
 
 def ratio_interval(samples: Sequence[float], base: Sequence[float], error: float = ERROR) -> tuple[float, float] | None:
@@ -53,7 +52,7 @@ def ratio_interval(samples: Sequence[float], base: Sequence[float], error: float
     are too few for one. Raises ValueError for unequal numbers of rounds.
     """
     ratios = sorted(_ratios(samples, base))
-    rank = _rank(len(ratios), error)
+    rank = median_rank(len(ratios), error)
     return None if rank == 0 else (ratios[rank - 1], ratios[-rank])
 
 
@@ -61,17 +60,6 @@ def _ratios(samples: Sequence[float], base: Sequence[float]) -> list[float]:
     if len(samples) != len(base):
         raise ValueError(f"samples: got {len(samples)} and {len(base)} rounds, wanted one sample of each configuration in every round")
     return [a / b for a, b in zip(samples, base, strict=True)]
-
-
-def _rank(n: int, error: float) -> int:
-    """The largest k for which the k-th smallest of ``n`` samples lies above the median with a chance of at most ``error``; 0: none."""
-    below, k = 0.0, 0
-    while k < n // 2 + 1:
-        below += math.comb(n, k) / 2.0**n  # P(at most k samples lie below the median)
-        if below > error:
-            break
-        k += 1
-    return k
 
 
 def decide(samples: Sequence[Sequence[float]], reference: Sequence[float] | None = None) -> Verdict:
