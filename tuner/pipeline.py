@@ -29,7 +29,7 @@ from tuner.ladder import hopeless
 from tuner.measure_job import confirm_job, copy_job, measure_job
 from tuner.phases import Phases
 from tuner.runner import Job, Runner
-from tuner.search import ConfirmationFatal, Search
+from tuner.search import Search
 from tuner.settings import Settings
 from tuner.store import Store
 from tuner.study import Config, Study
@@ -253,12 +253,7 @@ class Pipeline:
             job = (task.kernel, task.p, task.T, cfg, self.target, effort, seed, best_us)
             runner.submit(study, [cfg], False, waited, measure_job, job, MEASURE_TIMEOUT_S)
             return True
-        try:
-            ours = study.search.claim_confirmation()
-        except ConfirmationFatal as e:
-            self._fail(study, str(e))
-            return True
-        if not ours:
+        if not study.search.claim_confirmation():
             study.state = "searching"  # another worker confirms it, or has
             return True
         study.state = "confirmation under way"

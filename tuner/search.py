@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,16 +30,10 @@ FUNNEL = ("space", "constraint", *STATIC_RUNGS, "roofline", "compile_error", "ti
 
 #: Suggestions in a row that may be infeasible or known before a random unseen configuration is taken instead.
 MAX_MISSES = 20
-#: Workers that may die at a configuration before it is a failure.
-MAX_DEATHS = 3
 #: Seconds after which what other workers stored is read again: before a suggestion, and while waiting for them.
 FRESH_S, SYNC_S = 0.2, 1.0
 #: Seconds between two looks for dead workers, at most.
 REAP_S = 5.0
-
-
-class ConfirmationFatal(Exception):
-    """Workers that confirm this study die."""
 
 
 class Search:
@@ -77,7 +71,6 @@ class Search:
         self._asked: dict[str, optuna.Trial] = {}
         self._first: deque[dict[str, Any]] = deque([self.default, *({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
         self._again: deque[dict[str, Any]] = deque()
-        self._deaths: Counter[str] = Counter()
         self._hinted = False
         self._seen: set[int] = set()
         self._claims = Claims(storage if isinstance(storage, Store) else Store(storage), task.key)
@@ -168,8 +161,8 @@ class Search:
 
     def _learn(self, row: Row) -> None:
         if row.result is None:
-            # given up: its worker died, or withdrew it. Whoever comes first tries it again
-            self._deaths[row.key] += row.died
+            # given up: its worker died, or withdrew it. Whoever comes first tries it again, however often: configurations run in
+            # processes of their own, and what ends a worker (a preemption, a lack of memory) says nothing of what it held
             self._again.append(row.cfg)
             self.exhausted = False
         elif row.key not in self.results:
@@ -241,8 +234,6 @@ class Search:
             key = config_key(cfg)
             self.inflight[key] = cfg
             settled = self._known(key)
-            if settled is None and self._deaths[key] >= MAX_DEATHS:
-                settled = Result("crash", reason=f"{self._deaths[key]} workers died at it")
             if settled is None:
                 return cfg
             self.tell(cfg, settled)
@@ -366,16 +357,12 @@ class Search:
         return self.last_confirmation
 
     def claim_confirmation(self) -> bool:
-        """Whether it is ours to confirm: nobody has, and nobody else is at it. Raises :class:`ConfirmationFatal`."""
-        rows = self.sync()
+        """Whether it is ours to confirm: nobody has, and nobody else is at it."""
+        self.sync()
         if self.confirmed_elsewhere or self.confirmation is not None:
             return False
-        died = sum(row.died for row in rows if row.kind == CONFIRM and row.count == self.count)
-        if died >= MAX_DEATHS:
-            raise ConfirmationFatal(f"{died} workers died at its confirmation")
-        trial_id = self._claims.create(
-            create_trial(state=TrialState.RUNNING, user_attrs={"kind": CONFIRM, "count": self.count, "worker": self._claims.store.me})
-        )
+        attrs = {"kind": CONFIRM, "worker": self._claims.store.me}
+        trial_id = self._claims.create(create_trial(state=TrialState.RUNNING, user_attrs=attrs))
         self._confirming = (trial_id, self.count)
         earlier = self._claims.before(trial_id, self.sync(), CONFIRM)
         if any(row.running for row in earlier) or self.confirmation is not None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mhc.profile import read_profile
-from tests.tuner import planted
+from tests.tuner import fleet, planted
 from tests.tuner.conftest import make_task
 from tuner import pipeline as pipeline_module
 from tuner import store as store_module
@@ -241,6 +241,7 @@ def test_an_interrupted_run_gives_back_what_it_held(make_pipeline, monkeypatch):
     monkeypatch.setattr(run, "_measured", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run.run()
-    rows = run.studies[0].search._claims.read()
-    assert rows
-    assert not any(row.running or row.died for row in rows)
+    claims = run.studies[0].search._claims
+    assert claims.read()
+    assert not any(row.running for row in claims.read())
+    assert not fleet.deaths(claims._study.get_trials())

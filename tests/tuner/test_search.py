@@ -7,10 +7,11 @@ import time
 import pytest
 from optuna.trial import TrialState
 
+from tests.tuner import fleet
 from tests.tuner.conftest import EFFORT, make_task
 from tl_kernels import KERNELS
 from tuner import identity
-from tuner.search import MAX_DEATHS, Search
+from tuner.search import Search
 from tuner.storage import open_storage
 from tuner.store import Store
 from tuner.task import Order, Result, config_key
@@ -236,24 +237,37 @@ def test_what_a_dead_worker_held_is_tried_again_and_its_late_result_is_dropped(w
     assert stored(awake) == [config_key(cfg)]
 
 
-def test_a_configuration_that_kills_its_workers_is_a_failure_in_the_end(workers):
-    task, default = make_task(C=2560), None
-    for _ in range(MAX_DEATHS):
-        search = workers(task)
-        default = search.propose()
-        search._claims.store.storage.set_trial_state_values(search._held_trials[config_key(default)], TrialState.FAIL)  # as the reaper does
-    last = workers(task)
-    assert last.propose() != default == last.default
-    assert last.results[config_key(default)][1].outcome == "crash"
-    assert "3 workers died" in last.results[config_key(default)][1].reason
+def bury(search, trial_id):
+    """As the reaper does once the process that holds the trial is dead."""
+    search._claims.store.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
+def test_workers_that_are_killed_say_nothing_of_what_they_held(workers):
+    for _ in range(5):
+        search = workers(make_task(C=2560))
+        batch = [search.propose() for _ in range(3)]
+        assert batch[0] == search.default
+        for cfg in batch:
+            bury(search, search._held_trials[config_key(cfg)])
+    last = workers(make_task(C=2560))
+    assert last.propose() == last.default
+    assert not last.results
+
+
+def test_workers_that_are_killed_say_nothing_of_the_confirmation(workers):
+    one = workers(make_task(C=2560), trials=1)
+    one.tell(one.propose(), OK)
+    for _ in range(5):
+        assert one.claim_confirmation()
+        bury(one, one._confirming[0])
+    assert one.claim_confirmation()
 
 
 def test_what_was_withdrawn_is_no_death(workers):
-    for _ in range(MAX_DEATHS + 1):
-        search = workers(make_task(C=2560))
-        assert search.propose() == search.default
-        search.release()
-    assert search._deaths.total() == 0
+    search = workers(make_task(C=2560))
+    search.propose()
+    search.release()
+    assert not fleet.deaths(search._claims._study.get_trials())
 
 
 def test_devices_of_another_name_do_not_share_a_study(workers):
