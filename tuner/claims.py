@@ -105,5 +105,11 @@ class Claims:
     def attr(self, name: str) -> Any:
         return self.store.call(self.store.storage.get_study_user_attrs, self._id).get(name)
 
+    def confirmation(self, count: int, rounds: int) -> dict[str, Any] | None:
+        """The stored confirmation, where no trial was added after it and it was to have at least so many rounds."""
+        stored = self.attr("confirmation")
+        good = stored is not None and stored["count"] == count and stored.get("rounds", 0) >= rounds
+        return stored if good else None
+
     def set_attr(self, name: str, value: Any) -> None:
         self.store.call(self.store.storage.set_study_user_attr, self._id, name, value)

@@ -94,7 +94,7 @@ class Pipeline:
         for order in wanted:
             task = order.task
             hints, known = partial(warm.hints, task), partial(warm.known, task)
-            search = Search(task, store, order.trials, seed, hints, order.sampler, known, warm.priors(task))
+            search = Search(task, store, order.trials, seed, hints, order.sampler, known, warm.priors(task), order.effort.rounds)
             searches.append(search)
             self.studies.append(Study(order, search, len(self.studies)))
         if announce:
@@ -107,7 +107,8 @@ class Pipeline:
             order, before = replace(study.order, trials=study.search.trials), stored.get(study.task.key)
             if before is not None:
                 covers = tuple(sorted({*order.task.covers, *before.task.covers}))
-                order = replace(order, task=replace(order.task, covers=covers), trials=max(order.trials, before.trials))
+                effort = max(before.effort, order.effort, key=lambda effort: effort.rounds)
+                order = replace(order, task=replace(order.task, covers=covers), trials=max(order.trials, before.trials), effort=effort)
             if order != before:
                 study.search.set_attr(ORDER, order.as_attr())
 
@@ -273,14 +274,13 @@ class Pipeline:
             if search.confirmed_elsewhere or (search.elsewhere and not self.deadline.up):
                 search.refresh()
                 continue
-            stored = search.confirmation
-            if stored is not None:
-                self._finish(study, stored)
-            elif search.ranking:
-                study.state = "confirming"
-            else:
+            if not search.ranking or search.default_result is None:
                 study.give_up(self.deadline.up or study.closed)
                 self.unreached.append(f"{study.task.label}: {study.why}")
+            elif (stored := search.confirmation) is not None:
+                self._finish(study, stored)
+            else:
+                study.state = "confirming"
 
     def _wait(self) -> None:
         futures: set[Future[Any]] = {f for s in self.studies for f in s.compiling}
@@ -355,12 +355,10 @@ class Pipeline:
         samples = list(answer["samples"])
         reference = samples.pop() if self.exclusive else None
         if not study.is_default(job.configs[0]):
-            known = search.results.get(config_key(search.default))
-            self.display.note(
-                f"{study.task.label}: the default configuration does not work here: {known[1].reason if known else 'not measured'}"
-            )
+            why = search.default_result.reason if search.default_result else None
+            self.display.note(f"{study.task.label}: the default configuration does not work here: {why}")
         found = Confirmation(job.configs, samples, reference, answer.get("clock_mhz"), answer.get("dirty"))
-        stored = stored_entry(search, self.settings.hardware, self.copy_gbps, found)
+        stored = {**stored_entry(search, self.settings.hardware, self.copy_gbps, found), "seed": study.order.seed}
         if search.confirm(stored):
             self._finish(study, stored)
         else:
@@ -376,7 +374,8 @@ class Pipeline:
         search, settings = study.search, self.settings
         if self.writer is not None:
             trials = sum(s.search.count for s in self.studies)
-            self.writer.add(entries, make_provenance(settings.hardware, self.copy_gbps, settings.seed, trials, settings.command))
+            seed = stored.get("seed", settings.seed)  # of the run that made the entry, which may not be this one
+            self.writer.add(entries, make_provenance(settings.hardware, self.copy_gbps, seed, trials, settings.command))
         study.state = "done"
         self.entries += entries
         done = sum(not s.open for s in self.studies)

@@ -39,7 +39,7 @@ REAP_S = 5.0
 class Search:
     """Suggestions and results of one task. ``trials`` is what the study should have in the end, stored ones included; with the sampler
     ``brute-force`` it is the whole space. ``priors``: what to try after the default, before the kernel's seeds; ``hints``: after those.
-    ``known``: a result that is known from elsewhere.
+    ``known``: a result that is known from elsewhere. ``rounds``: those that its confirmation should have.
     """
 
     def __init__(
@@ -52,11 +52,13 @@ class Search:
         sampler: str = DEFAULT_SAMPLER,
         known: Callable[[str], Result | None] = lambda key: None,
         priors: Iterable[dict[str, Any]] = (),
+        rounds: int = 0,
     ) -> None:
         self.task = task
         self.space = Space(task.spec, task.p, task.arch)
         self.trials = self._everything() if sampler == "brute-force" else trials
         self.sampler = sampler
+        self._rounds = rounds
         self.results: dict[str, tuple[dict[str, Any], Result]] = {}
         self.inflight: dict[str, dict[str, Any]] = {}
         #: What other workers are trying, and whether one of them confirms.
@@ -69,7 +71,7 @@ class Search:
         self._random = random.Random(f"{seed}|{task.key}")
         self._brain = optuna.create_study(sampler=make_sampler(sampler, seed, self.trials, self.space.listed))
         self._asked: dict[str, optuna.Trial] = {}
-        self._first: deque[dict[str, Any]] = deque([self.default, *({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
+        self._first: deque[dict[str, Any]] = deque([*({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
         self._again: deque[dict[str, Any]] = deque()
         self._hinted = False
         self._seen: set[int] = set()
@@ -101,14 +103,23 @@ class Search:
     @property
     def left(self) -> int:
         """Trials still to be proposed."""
+        if self.exhausted:
+            return 0
         # one of ours stands in elsewhere too while another worker, who came second, has not withdrawn it yet
-        return 0 if self.exhausted else max(0, self.trials - self.count - len(self.inflight.keys() | self.elsewhere.keys()))
+        room = self.trials - self.count - len(self.inflight.keys() | self.elsewhere.keys())
+        # everything is compared with the default: where it was given up and others took its place, it is tried all the same
+        return max(room, int(self._new(self.default)), 0)
 
     @property
     def ranking(self) -> list[tuple[dict[str, Any], Result]]:
         """Correct configurations, fastest first."""
         timed = [(cfg, r) for cfg, r in self.results.values() if r.outcome == "ok" and r.time_us is not None]
         return sorted(timed, key=lambda item: item[1].time_us or 0.0)
+
+    @property
+    def default_result(self) -> Result | None:
+        """What became of the default, with which everything is compared; None as long as nobody knows."""
+        return self.results.get(config_key(self.default), (None, None))[1]
 
     @property
     def best_us(self) -> float | None:
@@ -205,7 +216,7 @@ class Search:
         earlier = self._claims.before(trial_id, self.sync())
         taken = any(row.key == key for row in earlier)
         # by configuration: of two trials of one the second will be withdrawn
-        if not taken and len({row.key for row in earlier if row.counts}) < self.trials:
+        if not taken and (cfg == self.default or len({row.key for row in earlier if row.counts}) < self.trials):
             return True
         del self._held_trials[key]
         self._claims.withdraw(trial_id, "another worker has it" if taken else "the budget is used up")
@@ -258,6 +269,8 @@ class Search:
         return cfg
 
     def _next_listed(self) -> dict[str, Any] | None:
+        if self._new(self.default):
+            self._again.appendleft(self.default)
         while self._again or self._first:
             cfg = (self._again or self._first).popleft()
             if self.space.fits(cfg) and self._new(cfg):
@@ -351,9 +364,8 @@ class Search:
 
     @property
     def confirmation(self) -> dict[str, Any] | None:
-        """The stored confirmation, where no trial was added after it."""
-        stored = self._claims.attr("confirmation")
-        self.last_confirmation = stored if stored is not None and stored["count"] == self.count else None
+        """The stored confirmation, where it is still good."""
+        self.last_confirmation = self._claims.confirmation(self.count, self._rounds)
         return self.last_confirmation
 
     def claim_confirmation(self) -> bool:
@@ -377,7 +389,7 @@ class Search:
         if trial_id is not None and self._claims.taken(trial_id):
             self._claims.store.release(trial_id)
             return False
-        self.last_confirmation = {**verdict, "count": count}
+        self.last_confirmation = {**verdict, "count": count, "rounds": self._rounds}
         self._claims.set_attr("confirmation", self.last_confirmation)
         if trial_id is not None:
             self._claims.store.finish(trial_id, TrialState.PRUNED)

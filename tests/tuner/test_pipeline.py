@@ -10,11 +10,14 @@ from tests.tuner import fleet, planted
 from tests.tuner.conftest import make_task
 from tuner import pipeline as pipeline_module
 from tuner import store as store_module
+from tuner.deadline import Deadline
 from tuner.devices import Device
+from tuner.evidence import verdict_text
 from tuner.hardware import Hardware
 from tuner.pipeline import DeviceLost
 from tuner.raw import raw
 from tuner.store import StorageLost
+from tuner.worker import open_orders
 
 
 def outcomes(pipeline, study=0):
@@ -84,6 +87,68 @@ def test_the_time_limit_ends_the_run_and_keeps_what_was_found(make_pipeline):
     assert sorted(e.C for e in run.entries) == [1280, 1920, 2560, 4096], "every shape gets its share of the time"
     assert not any(s.open for s in run.studies)
     assert run.measured < sum(len(s.search.space.listed) for s in run.studies), "there was no time for everything"
+
+
+class UpAfter(Deadline):
+    """Time is up once so many configurations were measured, however long that takes."""
+
+    def __init__(self, run, measured):
+        super().__init__(None, len(run.studies), run.lookahead)
+        self._run, self._measured = run, measured
+
+    @property
+    def up(self):
+        return self._run.measured >= self._measured
+
+    def late(self, position):
+        return self.up
+
+
+def test_where_time_is_up_before_the_default_nothing_ships_and_the_same_command_goes_on(make_pipeline):
+    run = make_pipeline([gpu_task()], trials=3, compile=planted.compile_without_end_for_the_default, hardware=GPU)
+    run.deadline = UpAfter(run, 2)
+    run.run()
+    assert [r.outcome for r in outcomes(run).values()] == ["ok"] * 2
+    assert not run.entries
+    assert run.unreached == [f"{gpu_task().label}: the default was not measured; time was up"]
+    again = make_pipeline([gpu_task()], trials=2, hardware=GPU)  # others have used the whole budget
+    again.run()
+    assert again.measured == 1
+    assert again.entries[0].default_us == pytest.approx(planted.measured_us(again.studies[0].search.default), rel=1e-3)
+
+
+def test_where_the_default_fails_the_best_of_the_others_ships_without_a_time_of_it(make_pipeline, tmp_path):
+    run = make_pipeline([make_task()], trials=50, measure=planted.measure_all_but_the_default)
+    run.run()
+    (entry,) = read_profile(tmp_path / "cpu.yaml").entries
+    best, second = sorted((c for c, r in outcomes(run).items() if r.outcome == "ok"), reverse=True)[:2]
+    assert (entry.verdict, entry.config["block_C"]) == ("win", best)
+    assert entry.time_us == pytest.approx(planted.measured_us({"block_C": best}), rel=1e-3)
+    assert entry.runner_up_us == pytest.approx(planted.measured_us({"block_C": second}), rel=1e-3)
+    assert (entry.default_us, entry.default_ci_us, entry.gain_ci) == (None, None, None)
+    assert "the default configuration does not work here" in verdict_text(entry)
+
+
+def test_a_confirmation_of_fewer_rounds_than_are_asked_for_is_made_again(make_pipeline):
+    first = make_pipeline([make_task()])
+    first.run()
+    full = make_pipeline([make_task()], rounds=50)
+    assert full.studies[0].search.confirmation is None
+    assert open_orders(full.store, full.settings.hardware, ["pre_bwd"])[0], "a worker may help"
+    full.run()
+    assert full.measured == 0
+    assert full.phases.seconds["confirm"] > 0
+    quick = make_pipeline([make_task()])
+    assert quick.studies[0].search.confirmation is not None, "more rounds are as good"
+    assert not open_orders(quick.store, quick.settings.hardware, ["pre_bwd"])[0]
+
+
+def test_the_profile_names_the_seed_of_the_study_that_made_the_entry(make_pipeline, tmp_path):
+    make_pipeline([make_task()], seed=3).run()
+    make_pipeline([make_task()], seed=4).run()
+    assert read_profile(tmp_path / "cpu.yaml").provenance.seed == 3
+    make_pipeline([make_task()], trials=5, seed=4).run()
+    assert read_profile(tmp_path / "cpu.yaml").provenance.seed == 4
 
 
 def test_studies_of_one_program_share_their_compiles(make_pipeline):

@@ -99,6 +99,22 @@ def test_stored_trials_come_back_with_every_field(storage):
     assert second.best_us == 12.5
 
 
+def test_the_default_is_tried_even_where_others_have_used_the_budget(storage):
+    task = make_task("post_res", C=2560, arch="sm_90a")
+    first = Search(task, storage, 3, seed=0)
+    batch = [first.propose() for _ in range(3)]
+    for cfg in batch[1:]:
+        first.tell(cfg, OK)
+    first.withdraw(first.default)
+    other = Search(task, storage, 2, seed=0)
+    assert other.left == 1
+    assert other.propose() == other.default
+    assert other.propose() is None
+    assert other.default_result is None
+    other.tell(other.default, OK)
+    assert (other.left, other.default_result) == (0, OK)
+
+
 def test_infeasible_after_lowering_does_not_count_as_a_trial(storage):
     search = Search(make_task("post_res", C=2560, arch="sm_90a"), storage, 3, seed=0)
     search.tell(search.propose(), Result("infeasible", reason="too much shared memory"))
@@ -286,7 +302,7 @@ def test_one_worker_confirms(workers):
     assert other.confirmed_elsewhere
     assert one.confirm({"entry": {}})
     assert not other.claim_confirmation()
-    assert other.confirmation == {"entry": {}, "count": 1}
+    assert other.confirmation == {"entry": {}, "count": 1, "rounds": 0}
     other.sync()
     assert not other.confirmed_elsewhere
     assert other.count == 1, "a confirmation is no trial"
@@ -302,7 +318,7 @@ def test_a_dead_workers_confirmation_is_taken_over(workers):
     assert awake.claim_confirmation()
     assert not asleep.confirm({"entry": {"late": True}})
     assert awake.confirm({"entry": {}})
-    assert asleep.confirmation == {"entry": {}, "count": 1}
+    assert asleep.confirmation == {"entry": {}, "count": 1, "rounds": 0}
 
 
 def test_brute_force_tries_every_configuration(storage):
