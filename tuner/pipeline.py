@@ -36,7 +36,7 @@ from tuner.study import Config, Study
 from tuner.task import Order, config_key
 from tuner.timing import median
 from tuner.warm import ORDER, Warm, orders
-from tuner.workers import WorkerError
+from tuner.workers import WorkerError, WorkerTrouble
 from tuner.writer import ProfileWriter, make_provenance
 
 COMPILE_TIMEOUT_S = 120.0
@@ -48,12 +48,18 @@ POLL_S = 0.2
 LOOKAHEAD = {"cpu": 6, "gpu": 12}
 #: Measurements handed to a measuring process: the next one starts while this process stores the last.
 MEASURE_DEPTH = 2
-#: Times that a configuration is tried again because another process kept the device.
-BUSY_RETRIES = 3
+#: Times that a job is tried again after trouble with the machine, as long as others go through; and how often in a row jobs of one stage
+#: may meet with it before the run ends.
+RETRIES = 3
+TROUBLE_IN_A_ROW = 5
 
 
 class DeviceLost(TuneError):
     """No device is left to measure on."""
+
+
+class MachineTrouble(TuneError):
+    """One job after another fails of what says nothing of it: a full disk, a device that another process keeps, no process to be had."""
 
 
 class Pipeline:
@@ -83,7 +89,8 @@ class Pipeline:
         self.phases = Phases()
         self.devices = list(devices)
         self._runners: list[Runner] = []
-        self._busy: Counter[tuple[str, str]] = Counter()
+        self._struck: Counter[tuple[str, str]] = Counter()
+        self._in_a_row: Counter[str] = Counter()
         self.deadline = Deadline(settings.time_limit, len(wanted), self.lookahead)
         self.studies: list[Study] = []
         searches: list[Search] = []
@@ -125,8 +132,8 @@ class Pipeline:
     # -- the loop -----------------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Tune. Raises KeyboardInterrupt, StorageLost and DeviceLost as they come; what is finished then is written already, and what is
-        not is given back to whoever goes on.
+        """Tune. Raises KeyboardInterrupt, StorageLost, DeviceLost and MachineTrouble as they come; what is finished then is written
+        already, and what is not is given back to whoever goes on.
         """
         try:
             with contextlib.ExitStack() as stack:
@@ -296,9 +303,14 @@ class Pipeline:
             while (job := runner.finished()) is not None:
                 self._submit_measures()
                 self._measured(runner, job)
-        for study in self.studies:
-            for future in [f for f in study.compiling if f.done()]:
-                study.compiled(study.compiling.pop(future), future)
+        for future in dict.fromkeys(f for s in self.studies for f in s.compiling if f.done()):
+            troubled = self._troubled("compile", future.exception())
+            for study in [s for s in self.studies if future in s.compiling]:
+                cfg = study.compiling.pop(future)
+                if troubled:
+                    study.search.give_back(cfg, again=self._may_retry(study, "compile", cfg))
+                else:
+                    study.compiled(cfg, future)
         self._show()
 
     # -- what came back -----------------------------------------------------------------------------------------------------------
@@ -308,21 +320,40 @@ class Pipeline:
         if error is not None and GPU_GONE in str(error):
             self._give_back(job)
             self._lose(runner, str(error))
-        elif error is not None and str(error).startswith("DeviceBusy") and self._may_retry(job):
-            study.state = "confirming" if job.confirmation else study.state
-            study.ready.extendleft([] if job.confirmation else job.configs)
-            study.search.give_up_confirmation()
+        elif not self._troubled("measure", error):
+            if job.confirmation:
+                self._confirmed(job)
+            else:
+                study.measured(job.configs[0], job.future)
+                self.measured += 1
         elif job.confirmation:
-            self._confirmed(job)
+            study.search.give_up_confirmation()
+            if self._may_retry(study, "confirm"):
+                study.state = "confirming"
+            else:
+                self._fail(study, f"the confirmation failed; {error}")
+        elif self._may_retry(study, "measure", job.configs[0]):
+            study.ready.appendleft(job.configs[0])
         else:
-            study.measured(job.configs[0], job.future)
-            self.measured += 1
+            study.search.give_back(job.configs[0], again=False)
 
-    def _may_retry(self, job: Job) -> bool:
-        """Another process kept the device for too long: that says nothing of the configuration."""
-        key = (job.study.task.key, "" if job.confirmation else config_key(job.configs[0]))
-        self._busy[key] += 1
-        return self._busy[key] <= BUSY_RETRIES
+    def _troubled(self, stage: str, error: BaseException | None) -> bool:
+        """Whether a job failed of the machine's trouble; raises :class:`MachineTrouble` where one after another does."""
+        if not isinstance(error, WorkerTrouble):
+            self._in_a_row[stage] = 0
+            return False
+        self._in_a_row[stage] += 1
+        if self._in_a_row[stage] == TROUBLE_IN_A_ROW:
+            raise MachineTrouble(
+                f"{error}; {TROUBLE_IN_A_ROW} jobs in a row failed so: what was measured stays, and the same command goes on"
+            )
+        return True
+
+    def _may_retry(self, study: Study, stage: str, cfg: Config | None = None) -> bool:
+        """Whether a job that met with trouble is tried again in this run."""
+        key = (study.task.key, f"{stage} {config_key(cfg or {})}")
+        self._struck[key] += 1
+        return self._struck[key] <= RETRIES
 
     def _give_back(self, job: Job) -> None:
         if job.confirmation:

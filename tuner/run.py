@@ -161,7 +161,7 @@ def run(request: Request) -> int:
 
 def tune(pipeline: Pipeline) -> int:
     """Run it to its end, whatever ends it: 0, INTERRUPTED, or LOST with a line on stderr."""
-    from tuner.pipeline import DeviceLost
+    from tuner.pipeline import DeviceLost, MachineTrouble
     from tuner.store import StorageLost
 
     try:
@@ -169,7 +169,7 @@ def tune(pipeline: Pipeline) -> int:
             pipeline.run()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (StorageLost, DeviceLost) as e:
+    except (StorageLost, DeviceLost, MachineTrouble) as e:
         print(f"mhc-tune: {printable(str(e))}", file=sys.stderr)
         return LOST
     return 0

@@ -73,6 +73,7 @@ class Search:
         self._asked: dict[str, optuna.Trial] = {}
         self._first: deque[dict[str, Any]] = deque([*({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
         self._again: deque[dict[str, Any]] = deque()
+        self._aside: set[str] = set()
         self._hinted = False
         self._seen: set[int] = set()
         self._claims = Claims(storage if isinstance(storage, Store) else Store(storage), task.key)
@@ -227,7 +228,7 @@ class Search:
 
     def _new(self, cfg: Config) -> bool:
         key = config_key(cfg)
-        return key not in self.results and key not in self.inflight and key not in self.elsewhere
+        return not any(key in known for known in (self.results, self.inflight, self.elsewhere, self._aside))
 
     def propose(self) -> dict[str, Any] | None:
         """The next configuration to try, feasible, not seen before and now ours; None where there is none (for now, if other workers
@@ -345,14 +346,21 @@ class Search:
         else:
             self._teach_brain(cfg, result)
 
-    def withdraw(self, cfg: Config) -> None:
-        """Give back a proposed configuration that will not be tried (out of time)."""
+    def withdraw(self, cfg: Config, why: str = "out of time") -> None:
+        """Give back a proposed configuration that was not tried."""
         key = config_key(cfg)
         self.inflight.pop(key, None)
         self._tell_brain(key, None)
         trial_id = self._held_trials.pop(key, None)
         if trial_id is not None:
-            self._claims.withdraw(trial_id, "out of time")
+            self._claims.withdraw(trial_id, why)
+
+    def give_back(self, cfg: Config, again: bool) -> None:
+        """Withdraw a configuration of which the machine's trouble let nothing be learned; ``again``: this process may try it once more."""
+        if not again:
+            self._aside.add(config_key(cfg))
+        self.withdraw(cfg, "trouble with the machine")
+        self.sync()
 
     def release(self) -> None:
         """Give back everything: this process ends."""

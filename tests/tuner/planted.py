@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -128,6 +129,22 @@ def confirm_then_remove_the_storage(*args: Any) -> dict[str, Any]:
     return confirm_ok(*args)
 
 
+def compile_on_a_full_disk(name: str, p: Any, cfg: dict[str, Any], target: str) -> dict[str, Any]:
+    """As g++ and TileLang say it: in the middle."""
+    raise RuntimeError("g++ failed:\n/tmp/x.cc: fatal error: error writing to /tmp/x.s: No space left on device\ncompilation terminated.")
+
+
+def compile_without_memory(name: str, p: Any, cfg: dict[str, Any], target: str) -> dict[str, Any]:
+    """block_C 512 never finds enough, the others do."""
+    if cfg["block_C"] == 512:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return compile_ok(name, p, cfg, target)
+
+
+def measure_never(*args: Any) -> dict[str, Any]:
+    raise DeviceBusy("device lock /tmp/x.lock: held by process 1")
+
+
 def measure_then_remove_storages(*args: Any) -> dict[str, Any]:
     """Whatever SQLite file stands in the folder."""
     for path in Path.cwd().glob("*.db"):
@@ -141,6 +158,14 @@ def copy_unless_url_is_known(target: str) -> float:
     if "postgresql" in known:
         raise RuntimeError("the storage URL is known here")
     return 10.0
+
+
+def raise_wrapped(number: int) -> None:
+    """An error of the system that somebody makes another of."""
+    try:
+        raise OSError(number, os.strerror(number))
+    except OSError:
+        raise RuntimeError("compilation failed") from None
 
 
 def poisoned_device() -> None:

@@ -1,5 +1,6 @@
 """tuner/pipeline.py: studies from first proposal to written entry, faults kept to their own trial, resumption, time limits."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from tuner.deadline import Deadline
 from tuner.devices import Device
 from tuner.evidence import verdict_text
 from tuner.hardware import Hardware
-from tuner.pipeline import DeviceLost
+from tuner.pipeline import DeviceLost, MachineTrouble
 from tuner.raw import raw
 from tuner.store import StorageLost
 from tuner.worker import open_orders
@@ -218,6 +219,53 @@ def test_a_busy_device_is_asked_again(make_pipeline):
     run = make_pipeline([make_task()], trials=3, measure=planted.measure_when_free)
     run.run()
     assert [r.outcome for r in outcomes(run).values()] == ["ok"] * 3
+
+
+@pytest.mark.parametrize(
+    ("jobs", "said"),
+    [
+        ({"compile": planted.compile_on_a_full_disk}, "error writing to /tmp/x.s: No space left on device; 5 jobs in a row failed so"),
+        ({"measure": planted.measure_never}, "device lock /tmp/x.lock: held by process 1; 5 jobs in a row"),
+    ],
+    ids=["full disk", "busy device"],
+)
+def test_trouble_with_the_machine_is_no_configurations_failure(make_pipeline, jobs, said):
+    tasks = [gpu_task(C=C, T=T) for C in (1280, 2560) for T in (64, 128)]
+    run = make_pipeline(tasks, hardware=GPU, **jobs)
+    with pytest.raises(MachineTrouble, match=re.escape(said)):
+        run.run()
+    for study in run.studies:
+        assert not study.search.results
+        assert not any(row.running for row in study.search._claims.read())
+    again = make_pipeline(tasks, hardware=GPU)
+    again.run()
+    assert len(again.entries) == len(tasks)
+    assert again.measured == 4 * len(tasks)
+
+
+def test_where_no_worker_can_start_nothing_is_stored(make_pipeline, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/bin/false")
+        run = make_pipeline([gpu_task()], hardware=GPU)
+        with pytest.raises(
+            MachineTrouble, match=r"a worker process did not start: its process died \(exit code 1\); see .*workers\.log; 5"
+        ):
+            run.run()
+        assert not run.studies[0].search.results
+    again = make_pipeline([gpu_task()], hardware=GPU)
+    again.run()
+    assert again.measured == 4
+    assert again.entries
+
+
+def test_what_alone_meets_with_trouble_is_left_for_another_run(make_pipeline):
+    run = make_pipeline([make_task()], trials=50, compile=planted.compile_without_memory)
+    run.run()
+    assert run.entries
+    assert 512 not in outcomes(run)
+    again = make_pipeline([make_task()], trials=50)
+    again.run()
+    assert (again.measured, outcomes(again)[512].outcome) == (1, "ok")
 
 
 def test_what_cannot_win_by_its_bytes_is_not_measured(make_pipeline, monkeypatch):

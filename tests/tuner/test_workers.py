@@ -1,14 +1,16 @@
 """tuner/workers.py: a job's fault stays with its job."""
 
+import errno
 import operator
 import os
 import signal
+import sys
 import time
 
 import pytest
 
 from tests.tuner import planted
-from tuner.workers import WorkerCrash, WorkerError, WorkerPool, WorkerTimeout
+from tuner.workers import WorkerCrash, WorkerError, WorkerPool, WorkerTimeout, WorkerTrouble
 
 
 @pytest.fixture
@@ -49,6 +51,27 @@ def test_a_process_whose_device_is_beyond_use_is_replaced(pool):
     with pytest.raises(WorkerCrash, match="illegal memory access"):
         pool.submit(planted.poisoned_device, timeout=30).result()
     assert pool.submit(os.getpid, timeout=30).result() != pid
+
+
+def test_a_process_that_cannot_start_or_is_gone_says_nothing_of_the_job(monkeypatch):
+    with WorkerPool(1) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(WorkerTrouble, match=r"did not start: its process died \(exit code 1\)"):
+                pool.submit(os.getpid, timeout=30).result()
+            patch.setattr(sys, "executable", "/no/such/python")
+            with pytest.raises(WorkerTrouble, match=r"did not start: .*No such file"):
+                pool.submit(os.getpid, timeout=30).result()
+        assert pool.submit(operator.add, 2, 3, timeout=30).result() == 5
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EAGAIN, errno.ENOMEM])
+def test_trouble_with_the_machine_is_told_apart(pool, number):
+    with pytest.raises(WorkerTrouble, match=os.strerror(number)):
+        pool.submit(planted.raise_wrapped, number, timeout=30).result()
+    with pytest.raises(WorkerError) as e:
+        pool.submit(planted.raise_wrapped, errno.ENOENT, timeout=30).result()
+    assert not isinstance(e.value, WorkerTrouble)
 
 
 def test_lower_priority_runs_first(pool):
