@@ -160,14 +160,6 @@ def copy_unless_url_is_known(target: str) -> float:
     return 10.0
 
 
-def raise_wrapped(number: int) -> None:
-    """An error of the system that somebody makes another of."""
-    try:
-        raise OSError(number, os.strerror(number))
-    except OSError:
-        raise RuntimeError("compilation failed") from None
-
-
 def poisoned_device() -> None:
     raise FatalError("CUDA error: an illegal memory access was encountered")
 
