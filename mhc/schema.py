@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tl_kernels.spec import MAX_N, STREAM_DTYPES
 
@@ -102,7 +102,7 @@ class Entry(_Strict):
     time_ci_us: Annotated[tuple[float, float], BeforeValidator(_interval), Field(description="confidence interval of time_us")]
     gbps: Annotated[NotNegative, Field(description="the kernel's floor bytes / time_us")]
     copy_share: Annotated[NotNegative, Field(description="gbps / the copy bandwidth of its own run")]
-    default_us: Annotated[Positive, Field(description="time of the kernel's default configuration, same run")]
+    default_us: Annotated[Positive | None, Field(description="time of the kernel's default, same run; none: it does not work here")] = None
     runner_up_us: Positive | None = None
     verdict: Annotated[Literal["win", "tie", "default"], Field(description="a tie ships the default")]
     error: Annotated[dict[str, NotNegative], Field(description="relative error of each output against the fp64 reference")]
@@ -127,6 +127,13 @@ class Entry(_Strict):
     tilelang: Text | None = None
     driver: Text | None = None
     commit: Text | None = None
+
+    @field_validator("verdict")
+    @classmethod
+    def _against_the_default(cls, verdict: str, others: ValidationInfo) -> str:
+        if verdict != "win" and others.data.get("default_us", 1.0) is None:
+            raise ValueError("wanted 'win' where there is no default_us")
+        return verdict
 
     @property
     def key(self) -> tuple[str, int, int, str, int]:

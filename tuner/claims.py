@@ -22,7 +22,7 @@ CONFIG, CONFIRM = "config", "confirm"
 
 @dataclass(frozen=True)
 class Row:
-    """One stored trial. ``died``: its worker did. ``count``: of a confirmation, the trials it is for."""
+    """One stored trial."""
 
     number: int
     trial_id: int
@@ -31,8 +31,6 @@ class Row:
     cfg: dict[str, Any]
     key: str
     result: Result | None
-    died: bool
-    count: int | None
 
     @property
     def running(self) -> bool:
@@ -50,8 +48,7 @@ def _row(trial: FrozenTrial) -> Row | None:
     if kind != CONFIRM and "config" not in attrs:
         return None  # not of this tuner
     cfg = json.loads(attrs["config"]) if "config" in attrs else {}
-    failed = trial.state == TrialState.FAIL
-    finished = trial.state.is_finished() and not failed and "result" in attrs
+    finished = trial.state.is_finished() and trial.state != TrialState.FAIL and "result" in attrs
     return Row(
         number=trial.number,
         trial_id=trial._trial_id,
@@ -60,8 +57,6 @@ def _row(trial: FrozenTrial) -> Row | None:
         cfg=cfg,
         key=config_key(cfg),
         result=Result.from_json(attrs["result"]) if finished else None,
-        died=failed and "withdrawn" not in attrs,
-        count=attrs.get("count"),
     )
 
 
@@ -97,7 +92,7 @@ class Claims:
         return self.store.create(self._id, template)
 
     def withdraw(self, trial_id: int, why: str) -> None:
-        """End a trial of ours without a result; not a death."""
+        """End a trial of ours without a result; ``why`` is for people who look at the study."""
         self.store.finish(trial_id, TrialState.FAIL, withdrawn=why)
 
     def taken(self, trial_id: int) -> bool:
@@ -109,6 +104,12 @@ class Claims:
 
     def attr(self, name: str) -> Any:
         return self.store.call(self.store.storage.get_study_user_attrs, self._id).get(name)
+
+    def confirmation(self, count: int, rounds: int) -> dict[str, Any] | None:
+        """The stored confirmation, where no trial was added after it and it was to have at least so many rounds."""
+        stored = self.attr("confirmation")
+        good = stored is not None and stored["count"] == count and stored.get("rounds", 0) >= rounds
+        return stored if good else None
 
     def set_attr(self, name: str, value: Any) -> None:
         self.store.call(self.store.storage.set_study_user_attr, self._id, name, value)

@@ -9,7 +9,7 @@ from typing import Any
 from tuner.settings import Settings
 from tuner.study import Config, Study
 from tuner.task import config_key
-from tuner.workers import COMPILE_ENV, WorkerPool
+from tuner.workers import COMPILE_ENV, WorkerPool, WorkerTrouble
 
 
 class Compiling:
@@ -29,7 +29,7 @@ class Compiling:
         task = study.task
         key = (task.kernel, task.p, config_key(cfg))
         future = self.futures.get(key)
-        if future is None:
+        if future is None or (future.done() and isinstance(future.exception(), WorkerTrouble)):
             args = (task.kernel, task.p, cfg, self._target)
             future = self.futures[key] = self.pool.submit(self._job, *args, timeout=self._timeout, priority=study.position)
         study.compiling[future] = cfg

@@ -9,11 +9,10 @@ that are no faster than the margin together at most 2.5% win.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuner.timing import median, median_interval
+from tuner.timing import median, median_interval, median_rank
 
 #: The best's ratio must lie below 1 by more than this share: samples of one run do not show what differs between two (where buffers lie).
 MARGIN = 0.01
@@ -23,8 +22,8 @@ ERROR = 0.025
 
 @dataclass(frozen=True)
 class Verdict:
-    """``chosen`` is an index into the confirmed configurations, whose first is the default. Times in microseconds; the intervals of times
-    are 95% ones of their medians.
+    """``chosen`` is an index into the confirmed configurations, whose first is the default; where the default does not work it is not
+    among them and has no time. Times in microseconds; the intervals of times are 95% ones of their medians.
 
     ``gain_ci``: how much less time than the default the best takes, ``1 - time / default``, as an interval; None for the default alone, or
     after too few rounds. It is the best's, also where a tie ships the default.
@@ -34,8 +33,8 @@ class Verdict:
     chosen: int
     time_us: float
     time_ci_us: tuple[float, float]
-    default_us: float
-    default_ci_us: tuple[float, float]
+    default_us: float | None
+    default_ci_us: tuple[float, float] | None
     runner_up_us: float | None
     runner_up_ci_us: tuple[float, float] | None = None
     gain_ci: tuple[float, float] | None = None
@@ -45,7 +44,7 @@ class Verdict:
 
 def rounds_needed(comparisons: int = 1) -> int:
     """The fewest rounds after which a win is possible at all."""
-    return next(n for n in range(1, 100) if _rank(n, ERROR / comparisons) > 0)
+    return next(n for n in range(1, 100) if median_rank(n, ERROR / comparisons) > 0)
 
 
 def ratio_interval(samples: Sequence[float], base: Sequence[float], error: float = ERROR) -> tuple[float, float] | None:
@@ -53,7 +52,7 @@ def ratio_interval(samples: Sequence[float], base: Sequence[float], error: float
     are too few for one. Raises ValueError for unequal numbers of rounds.
     """
     ratios = sorted(_ratios(samples, base))
-    rank = _rank(len(ratios), error)
+    rank = median_rank(len(ratios), error)
     return None if rank == 0 else (ratios[rank - 1], ratios[-rank])
 
 
@@ -63,27 +62,19 @@ def _ratios(samples: Sequence[float], base: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(samples, base, strict=True)]
 
 
-def _rank(n: int, error: float) -> int:
-    """The largest k for which the k-th smallest of ``n`` samples lies above the median with a chance of at most ``error``; 0: none."""
-    below, k = 0.0, 0
-    while k < n // 2 + 1:
-        below += math.comb(n, k) / 2.0**n  # P(at most k samples lie below the median)
-        if below > error:
-            break
-        k += 1
-    return k
-
-
-def decide(samples: Sequence[Sequence[float]], reference: Sequence[float] | None = None) -> Verdict:
-    """``samples[0]`` is the default's, the others' order is free; one sample of each a round, in the order of the rounds. A tie ships the
-    default; the reference wins only where it is clearly faster than what would ship. Raises ValueError for unequal numbers of rounds.
+def decide(samples: Sequence[Sequence[float]], reference: Sequence[float] | None = None, default_works: bool = True) -> Verdict:
+    """``samples[0]`` is the default's where that works, the others' order is free; one sample of each a round, in the order of the rounds.
+    A tie ships the default; the best wins where there is none. The reference wins only where it is clearly faster than what would ship.
+    Raises ValueError for unequal numbers of rounds.
     """
     medians = [median(s) for s in samples]
     intervals = [median_interval(s) for s in samples]
     middle = [median(_ratios(s, samples[0])) for s in samples]
     best = min(range(1, len(samples)), key=middle.__getitem__, default=0)
     ratio = ratio_interval(samples[best], samples[0], ERROR / (len(samples) - 1)) if best else None
-    if best == 0 or middle[best] >= 1:
+    if not default_works:
+        verdict, chosen, ratio = "win", min(range(len(samples)), key=medians.__getitem__), None
+    elif best == 0 or middle[best] >= 1:
         verdict, chosen = "default", 0
     elif ratio is not None and ratio[1] < 1 - MARGIN:
         verdict, chosen = "win", best
@@ -97,8 +88,8 @@ def decide(samples: Sequence[Sequence[float]], reference: Sequence[float] | None
         chosen=chosen,
         time_us=medians[chosen],
         time_ci_us=intervals[chosen],
-        default_us=medians[0],
-        default_ci_us=intervals[0],
+        default_us=medians[0] if default_works else None,
+        default_ci_us=intervals[0] if default_works else None,
         runner_up_us=None if second is None else medians[second],
         runner_up_ci_us=None if second is None else intervals[second],
         gain_ci=None if ratio is None else (1 - ratio[1], 1 - ratio[0]),

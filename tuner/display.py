@@ -60,7 +60,12 @@ def percent(share: float) -> str:
 
 
 def gain_text(entry: Entry) -> str:
-    """How much less time than the default: ``9.6% (9.1% to 10.2%)``; where a tie or the default ships, the interval of the best other."""
+    """How much less time than the default: ``9.6% (9.1% to 10.2%)``; where a tie or the default ships, the interval of the best other.
+
+    ``-`` where there is nothing to compare: the default does not work, or was alone.
+    """
+    if entry.default_us is None:
+        return "-"
     if entry.impl == "reference":
         return percent(1 - entry.time_us / entry.default_us)
     interval = "" if entry.gain_ci is None else f"{percent(entry.gain_ci[0])} to {percent(entry.gain_ci[1])}"

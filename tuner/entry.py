@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,7 +13,7 @@ from tuner.confirm import decide
 from tuner.hardware import Hardware
 from tuner.search import Search
 from tuner.task import config_key
-from tuner.timing import median, median_interval
+from tuner.timing import median_interval
 
 Interval = tuple[float, float]
 
@@ -32,10 +32,7 @@ class Confirmation:
 def stored_entry(search: Search, hardware: Hardware, copy_gbps: float, found: Confirmation) -> dict[str, Any]:
     """The confirmation as it stands in the storage: ``{"entry": fields of an Entry but C, "reference_us"}``."""
     task = search.task
-    verdict = decide(found.samples, found.reference)
-    if config_key(found.configs[0]) != config_key(search.default):  # it does not work here: the best of the others ships
-        best = min(range(len(found.configs)), key=lambda i: median(found.samples[i]))
-        verdict = replace(decide([found.samples[best]], found.reference), verdict="win", chosen=best)
+    verdict = decide(found.samples, found.reference, config_key(found.configs[0]) == config_key(search.default))
     cfg = found.configs[verdict.chosen]
     result = search.results[config_key(cfg)][1]
     use_reference = verdict.reference_wins and hardware.is_cpu
@@ -52,7 +49,7 @@ def stored_entry(search: Search, hardware: Hardware, copy_gbps: float, found: Co
         "time_ci_us": _rounded(median_interval(found.reference) if use_reference and found.reference else verdict.time_ci_us),
         "gbps": round(gbps, 2),
         "copy_share": round(gbps / copy_gbps, 4),
-        "default_us": round(verdict.default_us, 3),
+        "default_us": None if verdict.default_us is None else round(verdict.default_us, 3),
         "default_ci_us": _rounded(verdict.default_ci_us),
         "default_config": dict(search.default),
         "runner_up_us": None if verdict.runner_up_us is None else round(verdict.runner_up_us, 3),

@@ -34,6 +34,9 @@ def evidence(entry: Entry) -> Iterator[tuple[str, str]]:
 
 def verdict_text(entry: Entry) -> str:
     """The verdict in words, and how sure it is."""
+    if entry.default_us is None:
+        what = "PyTorch serves" if entry.impl == "reference" else "win: the fastest that works ships"
+        return f"{what}; the default configuration does not work here"
     gain = 1 - entry.time_us / entry.default_us
     if entry.impl == "reference":
         return f"PyTorch serves: it takes {percent(gain)} less time than the default configuration"

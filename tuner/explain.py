@@ -187,7 +187,7 @@ class _Page:
         default = "default" if self._default_then(entry) is None else "default then"
         serves = "PyTorch" if entry.impl == "reference" else default if entry.verdict != "win" else "tuned"
         rows: list[tuple[str, float, tuple[float, float] | None]] = [(serves, entry.time_us, entry.time_ci_us)]
-        if serves != default:
+        if serves != default and entry.default_us is not None:
             rows.append((default, entry.default_us, entry.default_ci_us))
         if entry.runner_up_us is not None:
             rows.append(("runner-up", entry.runner_up_us, entry.runner_up_ci_us))

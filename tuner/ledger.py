@@ -6,19 +6,19 @@ ledger's own: a replay of a committed ledger stays the same after the kernel has
 
 from __future__ import annotations
 
-import itertools
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mhc.files import read_text
 from mhc.schema import Knob, Positive, Text
 from tl_kernels import KERNELS, NAMES
-from tl_kernels.spec import MAX_N, Kernel, Problem
+from tl_kernels.spec import MAX_N
 from tuner.errors import TuneError, one_line
+from tuner.space import Space
 from tuner.task import FAILED, INFEASIBLE, TIMED, Result, config_key
 
 Config = dict[str, Knob]
@@ -115,7 +115,7 @@ class Study(_Read):
         kernel = KERNELS[self.kernel]
         if self.study.rsplit("|", 1)[-1] != kernel.source_hash:
             return None
-        every = feasible(kernel, kernel.problem(self.n, self.C[0], self.dtype), arch)
+        every = Space(kernel, kernel.problem(self.n, self.C[0], self.dtype), arch).feasible()
         return sum(config_key(cfg) not in self.results for cfg in every)
 
 
@@ -131,15 +131,6 @@ class Ledger(_Read):
     schema_version: Literal[1]
     hardware: Hardware
     studies: Annotated[list[Study], Field(min_length=1)]
-
-
-def feasible(kernel: Kernel, p: Problem, arch: str) -> list[dict[str, Any]]:
-    """Every configuration the spec allows; on the CPU, knobs that mean nothing there are at their default."""
-    space = kernel.space(p)
-    if arch == "cpu":
-        space.update({name: (value,) for name, value in kernel.default(p).items() if name in kernel.gpu_only})
-    every = (dict(zip(space, values, strict=True)) for values in itertools.product(*space.values()))
-    return [cfg for cfg in every if kernel.invalid(p, cfg) is None]
 
 
 def read_ledger(path: Path) -> Ledger:

@@ -29,14 +29,14 @@ from tuner.ladder import hopeless
 from tuner.measure_job import confirm_job, copy_job, measure_job
 from tuner.phases import Phases
 from tuner.runner import Job, Runner
-from tuner.search import SYNC_S, ConfirmationFatal, Search
+from tuner.search import Search
 from tuner.settings import Settings
 from tuner.store import Store
 from tuner.study import Config, Study
 from tuner.task import Order, config_key
 from tuner.timing import median
 from tuner.warm import ORDER, Warm, orders
-from tuner.workers import WorkerError
+from tuner.workers import WorkerError, WorkerTrouble
 from tuner.writer import ProfileWriter, make_provenance
 
 COMPILE_TIMEOUT_S = 120.0
@@ -48,12 +48,20 @@ POLL_S = 0.2
 LOOKAHEAD = {"cpu": 6, "gpu": 12}
 #: Measurements handed to a measuring process: the next one starts while this process stores the last.
 MEASURE_DEPTH = 2
-#: Times that a configuration is tried again because another process kept the device.
-BUSY_RETRIES = 3
+#: Times that a job is tried again after trouble with the machine, as long as others go through; and how often in a row jobs of one stage
+#: may meet with it before the run ends.
+RETRIES = 3
+TROUBLE_IN_A_ROW = 5
 
 
 class DeviceLost(TuneError):
     """No device is left to measure on."""
+
+    code = LOST
+
+
+class MachineTrouble(TuneError):
+    """One job after another fails of what says nothing of it: a full disk, a device that another process keeps, no process to be had."""
 
     code = LOST
 
@@ -85,7 +93,8 @@ class Pipeline:
         self.phases = Phases()
         self.devices = list(devices)
         self._runners: list[Runner] = []
-        self._busy: Counter[tuple[str, str]] = Counter()
+        self._struck: Counter[tuple[str, str]] = Counter()
+        self._in_a_row: Counter[str] = Counter()
         self.deadline = Deadline(settings.time_limit, len(wanted), self.lookahead)
         self.studies: list[Study] = []
         searches: list[Search] = []
@@ -96,7 +105,7 @@ class Pipeline:
         for order in wanted:
             task = order.task
             hints, known = partial(warm.hints, task), partial(warm.known, task)
-            search = Search(task, store, order.trials, seed, hints, order.sampler, known, warm.priors(task))
+            search = Search(task, store, order.trials, seed, hints, order.sampler, known, warm.priors(task), order.effort.rounds)
             searches.append(search)
             self.studies.append(Study(order, search, len(self.studies)))
         if announce:
@@ -109,7 +118,8 @@ class Pipeline:
             order, before = replace(study.order, trials=study.search.trials), stored.get(study.task.key)
             if before is not None:
                 covers = tuple(sorted({*order.task.covers, *before.task.covers}))
-                order = replace(order, task=replace(order.task, covers=covers), trials=max(order.trials, before.trials))
+                effort = max(before.effort, order.effort, key=lambda effort: effort.rounds)
+                order = replace(order, task=replace(order.task, covers=covers), trials=max(order.trials, before.trials), effort=effort)
             if order != before:
                 study.search.set_attr(ORDER, order.as_attr())
 
@@ -126,8 +136,8 @@ class Pipeline:
     # -- the loop -----------------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Tune. Raises KeyboardInterrupt, StorageLost and DeviceLost as they come; what is finished then is written already, and what is
-        not is given back to whoever goes on.
+        """Tune. Raises KeyboardInterrupt, StorageLost, DeviceLost and MachineTrouble as they come; what is finished then is written
+        already, and what is not is given back to whoever goes on.
         """
         try:
             with contextlib.ExitStack() as stack:
@@ -255,12 +265,7 @@ class Pipeline:
             job = (task.kernel, task.p, task.T, cfg, self.target, effort, seed, best_us)
             runner.submit(study, [cfg], False, waited, measure_job, job, MEASURE_TIMEOUT_S)
             return True
-        try:
-            ours = study.search.claim_confirmation()
-        except ConfirmationFatal as e:
-            self._fail(study, str(e))
-            return True
-        if not ours:
+        if not study.search.claim_confirmation():
             study.state = "searching"  # another worker confirms it, or has
             return True
         study.state = "confirmation under way"
@@ -280,14 +285,13 @@ class Pipeline:
             if search.confirmed_elsewhere or (search.elsewhere and not self.deadline.up):
                 search.refresh()
                 continue
-            stored = search.confirmation
-            if stored is not None:
-                self._finish(study, stored)
-            elif search.ranking:
-                study.state = "confirming"
-            else:
+            if not search.ranking or search.default_result is None:
                 study.give_up(self.deadline.up or study.closed)
                 self.unreached.append(f"{study.task.label}: {study.why}")
+            elif (stored := search.confirmation) is not None:
+                self._finish(study, stored)
+            else:
+                study.state = "confirming"
 
     def _wait(self) -> None:
         futures: set[Future[Any]] = {f for s in self.studies for f in s.compiling}
@@ -298,14 +302,19 @@ class Pipeline:
         if futures:
             wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED)
         elif any(s.search.elsewhere or s.search.confirmed_elsewhere for s in self.studies if s.open):
-            time.sleep(min(POLL_S, SYNC_S))
+            time.sleep(POLL_S)
         for runner in list(self._runners):
             while (job := runner.finished()) is not None:
                 self._submit_measures()
                 self._measured(runner, job)
-        for study in self.studies:
-            for future in [f for f in study.compiling if f.done()]:
-                study.compiled(study.compiling.pop(future), future)
+        for future in dict.fromkeys(f for s in self.studies for f in s.compiling if f.done()):
+            troubled = self._troubled("compile", future.exception())
+            for study in [s for s in self.studies if future in s.compiling]:
+                cfg = study.compiling.pop(future)
+                if troubled:
+                    study.search.give_back(cfg, again=self._may_retry(study, "compile", cfg))
+                else:
+                    study.compiled(cfg, future)
         self._show()
 
     # -- what came back -----------------------------------------------------------------------------------------------------------
@@ -315,21 +324,40 @@ class Pipeline:
         if error is not None and GPU_GONE in str(error):
             self._give_back(job)
             self._lose(runner, str(error))
-        elif error is not None and str(error).startswith("DeviceBusy") and self._may_retry(job):
-            study.state = "confirming" if job.confirmation else study.state
-            study.ready.extendleft([] if job.confirmation else job.configs)
-            study.search.give_up_confirmation()
+        elif not self._troubled("measure", error):
+            if job.confirmation:
+                self._confirmed(job)
+            else:
+                study.measured(job.configs[0], job.future)
+                self.measured += 1
         elif job.confirmation:
-            self._confirmed(job)
+            study.search.give_up_confirmation()
+            if self._may_retry(study, "confirm"):
+                study.state = "confirming"
+            else:
+                self._fail(study, f"the confirmation failed; {error}")
+        elif self._may_retry(study, "measure", job.configs[0]):
+            study.ready.appendleft(job.configs[0])
         else:
-            study.measured(job.configs[0], job.future)
-            self.measured += 1
+            study.search.give_back(job.configs[0], again=False)
 
-    def _may_retry(self, job: Job) -> bool:
-        """Another process kept the device for too long: that says nothing of the configuration."""
-        key = (job.study.task.key, "" if job.confirmation else config_key(job.configs[0]))
-        self._busy[key] += 1
-        return self._busy[key] <= BUSY_RETRIES
+    def _troubled(self, stage: str, error: BaseException | None) -> bool:
+        """Whether a job failed of the machine's trouble; raises :class:`MachineTrouble` where one after another does."""
+        if not isinstance(error, WorkerTrouble):
+            self._in_a_row[stage] = 0
+            return False
+        self._in_a_row[stage] += 1
+        if self._in_a_row[stage] == TROUBLE_IN_A_ROW:
+            raise MachineTrouble(
+                f"{error}; {TROUBLE_IN_A_ROW} jobs in a row failed so: what was measured stays, and the same command goes on"
+            )
+        return True
+
+    def _may_retry(self, study: Study, stage: str, cfg: Config | None = None) -> bool:
+        """Whether a job that met with trouble is tried again in this run."""
+        key = (study.task.key, f"{stage} {config_key(cfg or {})}")
+        self._struck[key] += 1
+        return self._struck[key] <= RETRIES
 
     def _give_back(self, job: Job) -> None:
         if job.confirmation:
@@ -343,7 +371,6 @@ class Pipeline:
         if runner in self._runners:
             self._runners.remove(runner)
             for job in runner.jobs:
-                job.study.measuring -= 1
                 self._give_back(job)
             runner.jobs.clear()
             runner.pool.close()
@@ -363,12 +390,10 @@ class Pipeline:
         samples = list(answer["samples"])
         reference = samples.pop() if self.exclusive else None
         if not study.is_default(job.configs[0]):
-            known = search.results.get(config_key(search.default))
-            self.display.note(
-                f"{study.task.label}: the default configuration does not work here: {known[1].reason if known else 'not measured'}"
-            )
+            why = search.default_result.reason if search.default_result else None
+            self.display.note(f"{study.task.label}: the default configuration does not work here: {why}")
         found = Confirmation(job.configs, samples, reference, answer.get("clock_mhz"), answer.get("dirty"))
-        stored = stored_entry(search, self.settings.hardware, self.copy_gbps, found)
+        stored = {**stored_entry(search, self.settings.hardware, self.copy_gbps, found), "seed": study.order.seed}
         if search.confirm(stored):
             self._finish(study, stored)
         else:
@@ -384,7 +409,8 @@ class Pipeline:
         search, settings = study.search, self.settings
         if self.writer is not None:
             trials = sum(s.search.count for s in self.studies)
-            self.writer.add(entries, make_provenance(settings.hardware, self.copy_gbps, settings.seed, trials, settings.command))
+            seed = stored.get("seed", settings.seed)  # of the run that made the entry, which may not be this one
+            self.writer.add(entries, make_provenance(settings.hardware, self.copy_gbps, seed, trials, settings.command))
         study.state = "done"
         self.entries += entries
         done = sum(not s.open for s in self.studies)

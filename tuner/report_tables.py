@@ -192,9 +192,11 @@ def entries(profile: Profile) -> Table:
 
 
 def gain_rows(profile: Profile) -> list[Gain]:
-    """Every entry against its default, the largest gain first."""
+    """Every entry whose default works against it, the largest gain first."""
     found = []
     for e, count in distinct(profile):
+        if e.default_us is None:
+            continue
         state = source_state(e.kernel, e.source_hash)
         name = f"{e.kernel} {e.tokens}×{e.n}×{e.C if count == 1 else 'any'}" + ("" if e.dtype == "bfloat16" else f" {SHORT[e.dtype]}")
         name += "" if state == FRESH else f" ({state})"
@@ -211,12 +213,13 @@ def gain_rows(profile: Profile) -> list[Gain]:
 
 def verdicts(profile: Profile) -> str:
     """``56 of 112 entries beat the default clearly, ...``."""
-    count = Counter("win" if e.impl == "reference" else e.verdict for e in profile.entries)
+    count = Counter("alone" if e.default_us is None else "win" if e.impl == "reference" else e.verdict for e in profile.entries)
     states = Counter(source_state(e.kernel, e.source_hash) for e in profile.entries)
     text = (
         f"{count['win']} of {len(profile.entries)} entries are clearly faster than the default; in {count['tie']} another configuration "
         f"was faster, but not clear of the noise, and in {count['default']} nothing was: there the default ships."
     )
+    text += f" In {count['alone']} the default does not work." if count["alone"] else ""
     old = len(profile.entries) - states[FRESH]
     return text + (f" {old} entries were tuned for other sources than this checkout's and are not used." if old else "")
 

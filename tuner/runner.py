@@ -67,14 +67,12 @@ class Runner:
         self._idle_since = None
         self.last = study
         self.jobs.append(Job(self.pool.submit(job, *args, timeout=timeout), study, configs, confirmation))
-        study.measuring += 1
 
     def finished(self) -> Job | None:
         """The next job that is through, or None."""
         if not self.jobs or not self.jobs[0].future.done():
             return None
         job = self.jobs.popleft()
-        job.study.measuring -= 1
         until = job.until or time.monotonic()  # the callback may come a moment after the result
         took = until - max(job.since, self._done_at)
         self._done_at = until

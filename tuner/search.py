@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,31 +23,23 @@ from tuner.errors import TuneError
 from tuner.samplers import DEFAULT_SAMPLER, make_sampler
 from tuner.space import MAX_LISTED, Space
 from tuner.store import Store
-from tuner.task import FAILED, INFEASIBLE, STATIC_RUNGS, TIMED, Result, Task, config_key
-
-__all__ = ["FAILED", "INFEASIBLE", "TIMED", "Result", "Search", "Task", "config_key"]
+from tuner.task import INFEASIBLE, STATIC_RUNGS, TIMED, Result, Task, config_key
 
 #: What can become of a configuration, in the order of the ladder.
 FUNNEL = ("space", "constraint", *STATIC_RUNGS, "roofline", "compile_error", "timeout", "crash", "wrong", "run_error", "slow", "ok")
 
 #: Suggestions in a row that may be infeasible or known before a random unseen configuration is taken instead.
 MAX_MISSES = 20
-#: Workers that may die at a configuration before it is a failure.
-MAX_DEATHS = 3
 #: Seconds after which what other workers stored is read again: before a suggestion, and while waiting for them.
 FRESH_S, SYNC_S = 0.2, 1.0
 #: Seconds between two looks for dead workers, at most.
 REAP_S = 5.0
 
 
-class ConfirmationFatal(Exception):
-    """Workers that confirm this study die."""
-
-
 class Search:
     """Suggestions and results of one task. ``trials`` is what the study should have in the end, stored ones included; with the sampler
     ``brute-force`` it is the whole space. ``priors``: what to try after the default, before the kernel's seeds; ``hints``: after those.
-    ``known``: a result that is known from elsewhere.
+    ``known``: a result that is known from elsewhere. ``rounds``: those that its confirmation should have.
     """
 
     def __init__(
@@ -60,11 +52,13 @@ class Search:
         sampler: str = DEFAULT_SAMPLER,
         known: Callable[[str], Result | None] = lambda key: None,
         priors: Iterable[dict[str, Any]] = (),
+        rounds: int = 0,
     ) -> None:
         self.task = task
-        self.space = Space(task)
+        self.space = Space(task.spec, task.p, task.arch)
         self.trials = self._everything() if sampler == "brute-force" else trials
         self.sampler = sampler
+        self._rounds = rounds
         self.results: dict[str, tuple[dict[str, Any], Result]] = {}
         self.inflight: dict[str, dict[str, Any]] = {}
         #: What other workers are trying, and whether one of them confirms.
@@ -75,11 +69,11 @@ class Search:
         self._hints, self._known = hints, known
         self._distributions = {name: CategoricalDistribution(values) for name, values in self.space.knobs.items()}
         self._random = random.Random(f"{seed}|{task.key}")
-        self._brain = optuna.create_study(sampler=make_sampler(sampler, seed, self.trials, self._listed()))
+        self._brain = optuna.create_study(sampler=make_sampler(sampler, seed, self.trials, self.space.listed))
         self._asked: dict[str, optuna.Trial] = {}
-        self._first: deque[dict[str, Any]] = deque([self.default, *({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
+        self._first: deque[dict[str, Any]] = deque([*({**cfg, **self.space.held} for cfg in priors), *self.space.seeds])
         self._again: deque[dict[str, Any]] = deque()
-        self._deaths: Counter[str] = Counter()
+        self._aside: set[str] = set()
         self._hinted = False
         self._seen: set[int] = set()
         self._claims = Claims(storage if isinstance(storage, Store) else Store(storage), task.key)
@@ -94,11 +88,8 @@ class Search:
     def default(self) -> dict[str, Any]:
         return self.space.default
 
-    def _listed(self) -> list[dict[str, Any]] | None:
-        return self.space.listed
-
     def _everything(self) -> int:
-        listed = self._listed()
+        listed = self.space.listed
         if listed is None:
             raise TuneError(f"--sampler brute-force: {self.task.label} has {self.space.size} configurations, wanted at most {MAX_LISTED}")
         return len(listed) + (self.default not in listed)
@@ -113,14 +104,23 @@ class Search:
     @property
     def left(self) -> int:
         """Trials still to be proposed."""
+        if self.exhausted:
+            return 0
         # one of ours stands in elsewhere too while another worker, who came second, has not withdrawn it yet
-        return 0 if self.exhausted else max(0, self.trials - self.count - len(self.inflight.keys() | self.elsewhere.keys()))
+        room = self.trials - self.count - len(self.inflight.keys() | self.elsewhere.keys())
+        # everything is compared with the default: where it was given up and others took its place, it is tried all the same
+        return max(room, int(self._new(self.default)), 0)
 
     @property
     def ranking(self) -> list[tuple[dict[str, Any], Result]]:
         """Correct configurations, fastest first."""
         timed = [(cfg, r) for cfg, r in self.results.values() if r.outcome == "ok" and r.time_us is not None]
         return sorted(timed, key=lambda item: item[1].time_us or 0.0)
+
+    @property
+    def default_result(self) -> Result | None:
+        """What became of the default, with which everything is compared; None as long as nobody knows."""
+        return self.results.get(config_key(self.default), (None, None))[1]
 
     @property
     def best_us(self) -> float | None:
@@ -133,7 +133,7 @@ class Search:
 
     def funnel(self) -> dict[str, int]:
         """How many configurations each rung of the ladder ended, from all combinations down to those that were timed."""
-        listed = self._listed()
+        listed = self.space.listed
         counts = dict.fromkeys(FUNNEL, 0)
         counts["space"] = self.space.size
         counts["constraint"] = 0 if listed is None else self.space.size - len(listed)
@@ -173,8 +173,8 @@ class Search:
 
     def _learn(self, row: Row) -> None:
         if row.result is None:
-            # given up: its worker died, or withdrew it. Whoever comes first tries it again
-            self._deaths[row.key] += row.died
+            # given up: its worker died, or withdrew it. Whoever comes first tries it again, however often: configurations run in
+            # processes of their own, and what ends a worker (a preemption, a lack of memory) says nothing of what it held
             self._again.append(row.cfg)
             self.exhausted = False
         elif row.key not in self.results:
@@ -217,7 +217,7 @@ class Search:
         earlier = self._claims.before(trial_id, self.sync())
         taken = any(row.key == key for row in earlier)
         # by configuration: of two trials of one the second will be withdrawn
-        if not taken and len({row.key for row in earlier if row.counts}) < self.trials:
+        if not taken and (cfg == self.default or len({row.key for row in earlier if row.counts}) < self.trials):
             return True
         del self._held_trials[key]
         self._claims.withdraw(trial_id, "another worker has it" if taken else "the budget is used up")
@@ -228,7 +228,7 @@ class Search:
 
     def _new(self, cfg: Config) -> bool:
         key = config_key(cfg)
-        return key not in self.results and key not in self.inflight and key not in self.elsewhere
+        return not any(key in known for known in (self.results, self.inflight, self.elsewhere, self._aside))
 
     def propose(self) -> dict[str, Any] | None:
         """The next configuration to try, feasible, not seen before and now ours; None where there is none (for now, if other workers
@@ -246,8 +246,6 @@ class Search:
             key = config_key(cfg)
             self.inflight[key] = cfg
             settled = self._known(key)
-            if settled is None and self._deaths[key] >= MAX_DEATHS:
-                settled = Result("crash", reason=f"{self._deaths[key]} workers died at it")
             if settled is None:
                 return cfg
             self.tell(cfg, settled)
@@ -261,7 +259,7 @@ class Search:
                 # at another shape the knobs that are held here may be held elsewhere
                 hints = [cfg for cfg in ({**cfg, **self.space.held} for cfg in self._hints()) if self.space.fits(cfg)]
                 self._first.extend(hints[: self.trials // 2])
-                listed = self._listed()
+                listed = self.space.listed
                 if listed is not None:
                     unseen = [c for c in listed if self._new(c)]
                     if len(unseen) <= self.left:
@@ -272,6 +270,8 @@ class Search:
         return cfg
 
     def _next_listed(self) -> dict[str, Any] | None:
+        if self._new(self.default):
+            self._again.appendleft(self.default)
         while self._again or self._first:
             cfg = (self._again or self._first).popleft()
             if self.space.fits(cfg) and self._new(cfg):
@@ -300,7 +300,7 @@ class Search:
         return None
 
     def _unseen(self) -> dict[str, Any] | None:
-        listed = self._listed()
+        listed = self.space.listed
         if listed is None:
             return None
         unseen = [cfg for cfg in listed if self._new(cfg)]
@@ -346,14 +346,21 @@ class Search:
         else:
             self._teach_brain(cfg, result)
 
-    def withdraw(self, cfg: Config) -> None:
-        """Give back a proposed configuration that will not be tried (out of time)."""
+    def withdraw(self, cfg: Config, why: str = "out of time") -> None:
+        """Give back a proposed configuration that was not tried."""
         key = config_key(cfg)
         self.inflight.pop(key, None)
         self._tell_brain(key, None)
         trial_id = self._held_trials.pop(key, None)
         if trial_id is not None:
-            self._claims.withdraw(trial_id, "out of time")
+            self._claims.withdraw(trial_id, why)
+
+    def give_back(self, cfg: Config, again: bool) -> None:
+        """Withdraw a configuration of which the machine's trouble let nothing be learned; ``again``: this process may try it once more."""
+        if not again:
+            self._aside.add(config_key(cfg))
+        self.withdraw(cfg, "trouble with the machine")
+        self.sync()
 
     def release(self) -> None:
         """Give back everything: this process ends."""
@@ -365,22 +372,17 @@ class Search:
 
     @property
     def confirmation(self) -> dict[str, Any] | None:
-        """The stored confirmation, where no trial was added after it."""
-        stored = self._claims.attr("confirmation")
-        self.last_confirmation = stored if stored is not None and stored["count"] == self.count else None
+        """The stored confirmation, where it is still good."""
+        self.last_confirmation = self._claims.confirmation(self.count, self._rounds)
         return self.last_confirmation
 
     def claim_confirmation(self) -> bool:
-        """Whether it is ours to confirm: nobody has, and nobody else is at it. Raises :class:`ConfirmationFatal`."""
-        rows = self.sync()
+        """Whether it is ours to confirm: nobody has, and nobody else is at it."""
+        self.sync()
         if self.confirmed_elsewhere or self.confirmation is not None:
             return False
-        died = sum(row.died for row in rows if row.kind == CONFIRM and row.count == self.count)
-        if died >= MAX_DEATHS:
-            raise ConfirmationFatal(f"{died} workers died at its confirmation")
-        trial_id = self._claims.create(
-            create_trial(state=TrialState.RUNNING, user_attrs={"kind": CONFIRM, "count": self.count, "worker": self._claims.store.me})
-        )
+        attrs = {"kind": CONFIRM, "worker": self._claims.store.me}
+        trial_id = self._claims.create(create_trial(state=TrialState.RUNNING, user_attrs=attrs))
         self._confirming = (trial_id, self.count)
         earlier = self._claims.before(trial_id, self.sync(), CONFIRM)
         if any(row.running for row in earlier) or self.confirmation is not None:
@@ -395,7 +397,7 @@ class Search:
         if trial_id is not None and self._claims.taken(trial_id):
             self._claims.store.release(trial_id)
             return False
-        self.last_confirmation = {**verdict, "count": count}
+        self.last_confirmation = {**verdict, "count": count, "rounds": self._rounds}
         self._claims.set_attr("confirmation", self.last_confirmation)
         if trial_id is not None:
             self._claims.store.finish(trial_id, TrialState.PRUNED)

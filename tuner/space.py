@@ -1,4 +1,4 @@
-"""The configurations of one task: the knobs' values, what is held, what the kernel's constraints leave."""
+"""The configurations of one kernel at one shape: the knobs' values, what is held, what the kernel's constraints leave."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 from functools import cached_property
 from typing import Any
 
-from tl_kernels.spec import Config
-from tuner.task import Task
+from tl_kernels.spec import Config, Kernel, Problem
 
 #: Spaces up to this size are listed in full, so that a small one can be tried exhaustively.
 MAX_LISTED = 50_000
@@ -17,11 +16,10 @@ MAX_LISTED = 50_000
 class Space:
     """``knobs``: name -> values to choose from; ``held``: knobs that mean nothing on this target, and the default's value of each."""
 
-    def __init__(self, task: Task) -> None:
-        kernel, p = task.spec, task.p
-        self._task = task
+    def __init__(self, kernel: Kernel, p: Problem, arch: str) -> None:
+        self._kernel, self._p = kernel, p
         self.default: dict[str, Any] = kernel.default(p)
-        held = set(kernel.gpu_only) if task.arch == "cpu" else set()
+        held = set(kernel.gpu_only) if arch == "cpu" else set()
         self.knobs = {name: tuple(values) for name, values in kernel.space(p).items() if name not in held}
         self.held = {name: value for name, value in self.default.items() if name not in self.knobs}
         #: The kernel's starting points, which are for GPUs.
@@ -38,7 +36,7 @@ class Space:
 
     def invalid(self, cfg: Config) -> str | None:
         """Why the kernel's constraints rule a configuration out, or None."""
-        return self._task.spec.invalid(self._task.p, cfg)
+        return self._kernel.invalid(self._p, cfg)
 
     def fits(self, cfg: Config) -> bool:
         """Whether a configuration may be tried; the default always may."""
@@ -50,7 +48,9 @@ class Space:
     @cached_property
     def listed(self) -> list[dict[str, Any]] | None:
         """Every feasible configuration, or None where the space is too large to list."""
-        if self.size > MAX_LISTED:
-            return None
+        return None if self.size > MAX_LISTED else self.feasible()
+
+    def feasible(self) -> list[dict[str, Any]]:
+        """Every feasible configuration, however many there are."""
         whole = ({**self.held, **dict(zip(self.knobs, values, strict=True))} for values in itertools.product(*self.knobs.values()))
         return [cfg for cfg in whole if self.invalid(cfg) is None]

@@ -20,7 +20,6 @@ class Study:
         self.order, self.search, self.position = order, search, position
         self.ready: deque[Config] = deque()
         self.compiling: dict[Future[Any], Config] = {}
-        self.measuring = 0
         self.closed = False
         self.state = "searching"
         self.why = ""
@@ -81,7 +80,12 @@ class Study:
         """It ends without an entry."""
         self.state = "failed"
         reasons = [r.reason for _, r in self.search.results.values() if r.reason]
-        self.why = f"no configuration worked; {reasons[0]}" if reasons else "time was up before its turn" if time_up else "nothing to try"
+        if self.search.ranking:
+            self.why = "the default was not measured" + ("; time was up" if time_up else "")
+        elif reasons:
+            self.why = f"no configuration worked; {reasons[0]}"
+        else:
+            self.why = "time was up before its turn" if time_up else "nothing to try"
 
 
 def failure(error: WorkerError, otherwise: str) -> str:

@@ -12,11 +12,9 @@ that the watch calls dirty is dropped and taken again. All samples are CUDA even
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 
@@ -45,18 +43,30 @@ def median(samples: Sequence[float]) -> float:
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Distribution-free confidence interval of the median from order statistics (normal approximation of the binomial ranks).
+    """Distribution-free confidence interval of the median: the tightest pair of order statistics, as far from either end, that holds it
+    at least that surely.
 
-    With fewer than six samples no pair of order statistics reaches 95%: the range of all of them is returned.
+    Where no pair does (95%: fewer than six samples), the range of all of them is returned.
     """
     ordered = sorted(samples)
-    n = len(ordered)
-    if n == 0:
+    if not ordered:
         raise ValueError("samples: got none, wanted at least one")
-    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(n) / 2
-    low = max(0, math.floor(n / 2 - reach) - (1 if n < 6 else 0))
-    high = min(n - 1, math.ceil(n / 2 + reach) - 1 + (1 if n < 6 else 0))
-    return ordered[low], ordered[max(low, high)]
+    rank = max(1, median_rank(len(ordered), (1 - confidence) / 2))
+    return ordered[rank - 1], ordered[-rank]
+
+
+def median_rank(n: int, error: float) -> int:
+    """The largest k for which the k-th smallest of ``n`` samples lies above the median with a chance of at most ``error``, by the exact
+    binomial distribution (the sign test); 0: none.
+    """
+    k, below, ways = 0, 0, 1
+    while k < (n + 1) // 2:
+        below += ways  # of 2**n outcomes, those with at most k samples below the median
+        if below / 2**n > error:
+            break
+        ways = ways * (n - k) // (k + 1)
+        k += 1
+    return k
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ class Warm:
     def hints(self, task: Task) -> list[Config]:
         """Configurations for ``task``, most promising first: of the same program at other T (already compiled), then of other shapes."""
         found: list[tuple[tuple[float, ...], int, list[Config]]] = []
-        mine = {search.task.key for search in self._searches}
         for search in self._searches:
             other = search.task
             if other.kernel == task.kernel and other.key != task.key:
@@ -54,7 +53,7 @@ class Warm:
                 found.append((_distance(task, other.p.n, other.p.C, other.p.dtype, other.T), 0, configs))
         for name, order in self._stored():
             other = order.task
-            if other.kernel == task.kernel and name not in mine:
+            if other.kernel == task.kernel:
                 limit = None if other.program == task.program else BEST_OF_OTHERS
                 found.append((_distance(task, other.p.n, other.p.C, other.p.dtype, other.T), 1, self._ranking(name)[:limit]))
         same = [e for e in self._entries if e.kernel == task.kernel]
@@ -72,20 +71,20 @@ class Warm:
                 result = search.results[key][1]
                 if result.never_compiles:
                     return result
-        mine = {search.task.key for search in self._searches}
         for name, order in self._stored():
-            if name not in mine and order.task.program == task.program:
+            if order.task.program == task.program:
                 known = self._results(name).get(key)
                 if known is not None and known[1].never_compiles:
                     return known[1]
         return None
 
     def _stored(self) -> Iterator[tuple[str, Order]]:
-        """Studies in the storage of the kernels and devices of this run, as they were when first asked for."""
+        """Studies in the storage that are not of this run, but of its kernels and devices, as they were when first asked for."""
         if self._names is None:
             devices = {(s.task.kernel, s.task.device, s.task.spec.source_hash) for s in self._searches}
             self._names = [(n, o) for n, o in orders(self._store) if (o.task.kernel, o.task.device, n.rsplit("|", 1)[-1]) in devices]
-        yield from self._names
+        mine = {search.task.key for search in self._searches}
+        yield from ((name, order) for name, order in self._names if name not in mine)
 
     def _results(self, name: str) -> dict[str, tuple[Config, Result]]:
         if name not in self._archive:

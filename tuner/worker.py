@@ -54,8 +54,7 @@ def open_orders(store: Store, hardware: Hardware, kernels: Sequence[str]) -> tup
             continue
         claims = Claims(store, name)
         count = sum(row.result is not None and row.result.counts for row in claims.read() if row.kind == CONFIG)
-        confirmation = claims.attr("confirmation")
-        if confirmation is None or confirmation["count"] != count:
+        if claims.confirmation(count, order.effort.rounds) is None:
             found.append(order)
     return found, stale
 

@@ -1,4 +1,4 @@
-"""The inside of a worker process: receive (function, arguments), send ("ok", result) or ("error" | "fatal", one line)."""
+"""The inside of a worker process: receive (function, arguments), send ("ok", result) or ("error" | "fatal" | "trouble", one line)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 
 from tuner.errors import one_line
 from tuner.orphan import end_with_parent
+from tuner.trouble import trouble
 
 
 class FatalError(Exception):
@@ -24,13 +25,20 @@ def main(read_fd: int, write_fd: int) -> None:
         except EOFError:
             return
         except Exception as e:
-            results.send(("error", one_line(e)))
+            results.send(_failure(e))
             continue
         try:
             results.send(("ok", fn(*args)))
         except Exception as e:
-            # by name: run as __main__, this file's own class is not the one that jobs import
-            results.send(("fatal" if type(e).__name__ == "FatalError" else "error", one_line(e)))
+            results.send(_failure(e))
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    # by name: run as __main__, this file's own class is not the one that jobs import
+    if type(error).__name__ == "FatalError":
+        return "fatal", one_line(error)
+    said = trouble(error)
+    return ("error", one_line(error)) if said is None else ("trouble", said)
 
 
 if __name__ == "__main__":

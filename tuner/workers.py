@@ -33,6 +33,7 @@ COMPILE_ENV = {
     "TILELANG_PRINT_ON_COMPILATION": "0",
     "MHC_BUNDLE": "",
     STORAGE_VARIABLE: "",
+    "LC_ALL": "C.UTF-8",  # tuner/trouble.py reads what a compiler says of a full disk
 }
 #: Of a process that measures. OpenMP threads that spin lose their core on a busy machine, and then a 20 us cast takes a scheduler's quantum
 #: of 8 ms.
@@ -56,12 +57,18 @@ class WorkerTimeout(WorkerError):
     """The job ran past its limit and its process was killed."""
 
 
+class WorkerTrouble(WorkerError):
+    """The machine's trouble, which says nothing of the job: no process could be had for it, no room on a disk (tuner/trouble.py)."""
+
+
 class _Process:
     """One worker process and the pipe to it."""
 
     def __init__(self, env: Mapping[str, str], log: Path | None, nice: int, path: Sequence[str] | None) -> None:
         ours, theirs = os.pipe(), os.pipe()
         read_end, write_end = ours[0], theirs[1]
+        # first: they close with this object, also where nothing starts
+        self._in, self._out = Connection(read_end, writable=False), Connection(write_end, readable=False)
         folders = [*(path or ()), *(p or os.getcwd() for p in sys.path)]
         full = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(folders)}
         command = [sys.executable, *module_arguments("tuner.worker_main", str(theirs[0]), str(ours[1]), str(nice))]
@@ -80,8 +87,6 @@ class _Process:
             os.close(theirs[0])
             os.close(ours[1])
             stream.close()
-        self._in = Connection(read_end, writable=False)
-        self._out = Connection(write_end, readable=False)
 
     def wait_ready(self) -> None:
         """Wait until it takes jobs; meanwhile it can be killed."""
@@ -106,14 +111,15 @@ class _Process:
         try:
             self._out.send((fn, args))
         except OSError:
-            raise WorkerCrash("its process was gone") from None
+            self.kill()
+            raise WorkerTrouble("its process was gone before the job came") from None
         kind, value = self._receive(timeout)
         if kind == "ok":
             return value
         if kind == "fatal":
             self.kill()
             raise WorkerCrash(value)
-        raise WorkerError(value)
+        raise (WorkerTrouble if kind == "trouble" else WorkerError)(value)
 
     def kill(self) -> None:
         try:
@@ -182,12 +188,16 @@ class WorkerPool:
             self._drop(index)
             process = None
         if process is None:
-            process = _Process(self._env, self._log, self._nice, self._path)
-            with self._lock:
-                self._processes[index] = process
-                if self._closed:
-                    process.kill()
-            process.wait_ready()
+            try:
+                process = _Process(self._env, self._log, self._nice, self._path)
+                with self._lock:
+                    self._processes[index] = process
+                    if self._closed:
+                        process.kill()
+                process.wait_ready()
+            except (OSError, WorkerError) as e:
+                self._drop(index)
+                raise WorkerTrouble(f"a worker process did not start: {e}" + (f"; see {self._log}" if self._log else "")) from None
         return process
 
     def _drop(self, index: int) -> None:

@@ -116,6 +116,12 @@ def test_an_entry_of_an_older_tuner_loads_without_it_and_is_written_without_it(t
     assert read_profile(tmp_path / "p.yaml") == profile
 
 
+def test_where_the_default_does_not_work_an_entry_has_no_time_of_it(tmp_path):
+    profile = Profile.model_validate(changed("entries.0.default_us", ...))
+    save_profile(profile, tmp_path / "p.yaml")
+    assert read_profile(tmp_path / "p.yaml").entries[0].default_us is None
+
+
 @pytest.mark.parametrize("name", EVIDENCE)
 def test_evidence_may_be_missing_one_by_one(name):
     entry = {**ENTRY, **EVIDENCE, name: None}
@@ -159,6 +165,8 @@ def test_impl_is_tilelang_unless_said():
         ("entries.0.time_ci_us", [1, math.nan], "entries[0].time_ci_us: got [1, nan], wanted [low, high]"),
         ("entries.0.time_ci_us", [1], "entries[0].time_ci_us: got [1], wanted [low, high]"),
         ("entries.0.time_ci_us", "12", "entries[0].time_ci_us: got '12', wanted [low, high]"),
+        ("entries.0.default_us", 0.0, "entries[0].default_us: got 0.0"),
+        ("entries", [{**ENTRY, "default_us": None, "verdict": "tie"}], "entries[0].verdict: got 'tie', wanted 'win' where there is no"),
         ("entries.0.verdict", "best", "entries[0].verdict: got 'best'"),
         ("entries.0.error", {"y": math.nan}, "entries[0].error.y: got nan"),
         ("entries.0.source_hash", ..., "entries[0].source_hash: missing"),

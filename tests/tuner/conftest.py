@@ -7,6 +7,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,17 @@ def make_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         hardware: Hardware = HARDWARE,
         sampler: str = "tpe",
         related: tuple[Profile, ...] = (),
+        rounds: int = EFFORT.rounds,
+        seed: int = 0,
     ) -> Pipeline:
         monkeypatch.setattr(pipeline_module, "related_profiles", lambda arch, gpu, sm_count: list(related))
         jobs = {"compile_job": compile, "measure_job": measure, "confirm_job": confirm, "copy_job": planted.copy_ok}
         for name, job in jobs.items():
             monkeypatch.setattr(pipeline_module, name, job)
         log = tmp_path / "workers.log"
-        settings = Settings(hardware, EFFORT, trials, time_limit, 0, jobs=2, command="mhc-tune", log=log, sampler=sampler)
+        settings = Settings(
+            hardware, replace(EFFORT, rounds=rounds), trials, time_limit, seed, jobs=2, command="mhc-tune", log=log, sampler=sampler
+        )
         stores.append(Store(open_storage(f"sqlite:///{tmp_path}/study.db"), "sqlite"))
         writer, orders = ProfileWriter(tmp_path / "cpu.yaml", hardware), [settings.order(task) for task in tasks]
         return Pipeline(settings, orders, stores[-1], writer, Display(Console(quiet=True)), devices)

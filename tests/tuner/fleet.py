@@ -7,6 +7,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import TrialState
 from rich.console import Console
 
 from tests.tuner import planted
@@ -48,6 +49,11 @@ def _work(url: str, folder: Path, shapes: list[tuple[int, int]], seed: int, far_
     run = Pipeline(settings, wanted, store, ProfileWriter(folder / "cpu.yaml", HARDWARE), Display(Console(quiet=True)))
     run.run()
     store.close()
+
+
+def deaths(rows: list[Any]) -> int:
+    """Trials whose worker died at them: ended without a result, and not by the worker."""
+    return sum(row.state == TrialState.FAIL and "withdrawn" not in row.user_attrs for row in rows)
 
 
 def holders(rows: list[Any]) -> set[int]:

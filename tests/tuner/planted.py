@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tl_kernels import KERNELS
 from tuner.device_lock import DeviceBusy
 from tuner.worker_main import FatalError
 
@@ -50,6 +52,22 @@ def measure_ok(
 ) -> dict[str, Any]:
     us = measured_us(cfg)
     return {"outcome": "ok", "error": {"u": 1e-3}, "time_us": us, "time_ci_us": (us * 0.999, us * 1.001), "samples": 7}
+
+
+def _is_default(name: str, p: Any, cfg: dict[str, Any]) -> bool:
+    return dict(cfg) == KERNELS[name].default(p)
+
+
+def compile_without_end_for_the_default(name: str, p: Any, cfg: dict[str, Any], target: str) -> dict[str, Any]:
+    if _is_default(name, p, cfg):
+        time.sleep(600)
+    return compile_ok(name, p, cfg, target)
+
+
+def measure_all_but_the_default(*args: Any) -> dict[str, Any]:
+    if _is_default(args[0], args[1], args[3]):
+        raise RuntimeError("too many resources requested for launch")
+    return measure_ok(*args)
 
 
 def measure_slowly(*args: Any) -> dict[str, Any]:
@@ -110,6 +128,22 @@ def confirm_then_remove_the_storage(*args: Any) -> dict[str, Any]:
         path.unlink(missing_ok=True)
     path.with_suffix(".once").touch()
     return confirm_ok(*args)
+
+
+def compile_on_a_full_disk(name: str, p: Any, cfg: dict[str, Any], target: str) -> dict[str, Any]:
+    """As g++ and TileLang say it: in the middle."""
+    raise RuntimeError("g++ failed:\n/tmp/x.cc: fatal error: error writing to /tmp/x.s: No space left on device\ncompilation terminated.")
+
+
+def compile_without_memory(name: str, p: Any, cfg: dict[str, Any], target: str) -> dict[str, Any]:
+    """block_C 512 never finds enough, the others do."""
+    if cfg["block_C"] == 512:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return compile_ok(name, p, cfg, target)
+
+
+def measure_never(*args: Any) -> dict[str, Any]:
+    raise DeviceBusy("device lock /tmp/x.lock: held by process 1")
 
 
 def measure_then_remove_storages(*args: Any) -> dict[str, Any]:

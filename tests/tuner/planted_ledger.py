@@ -9,7 +9,7 @@ from typing import Any
 from tl_kernels import KERNELS
 from tl_kernels.spec import SHARED_LIMIT
 from tuner.hardware import Hardware
-from tuner.ledger import feasible
+from tuner.space import Space
 from tuner.task import Task
 
 SMS = 132
@@ -48,7 +48,7 @@ def make_study(kernel: str, C: int = 2560, T: int = 8192, world: int = 0) -> dic
     task = Task(kernel, p, T, "sm_90a", "h100", (C,))
     floor_us = spec.bytes_moved(p, T) / 3025e3
     trials = []
-    for cfg in feasible(spec, p, task.arch):
+    for cfg in Space(spec, p, task.arch).feasible():
         luck = _unit(world, "fate", kernel, cfg.get("block_C"), cfg.get("block_T"), cfg["threads"], cfg.get("stages"))
         # whole corners of a space fail alike: a layout that does not exist, a tile that spills
         outcome = "infeasible" if luck < 0.06 else "compile_error" if luck < 0.12 else "ok"

@@ -54,6 +54,15 @@ def test_the_default_may_be_the_best():
     assert verdict.gain_ci == pytest.approx((-0.2, -0.2))
 
 
+def test_where_the_default_does_not_work_the_best_wins_over_all_others():
+    verdict = decide([around(95), around(90), around(92)], around(80), default_works=False)
+    assert (verdict.verdict, verdict.chosen) == ("win", 1)
+    assert (verdict.time_us, verdict.runner_up_us) == (pytest.approx(90), pytest.approx(92))
+    assert verdict.default_us is verdict.default_ci_us is verdict.gain_ci is None
+    assert verdict.reference_wins
+    assert decide([around(95)], default_works=False).verdict == "win"
+
+
 def test_alone_the_default_is_the_best_and_has_no_runner_up():
     verdict = decide([around(100)])
     assert verdict.runner_up_us is verdict.runner_up_ci_us is verdict.gain_ci is None

@@ -107,6 +107,13 @@ def test_an_exact_entry_with_all_that_speaks_for_it(said):
     assert "STALE" not in text
 
 
+def test_a_default_that_does_not_work_has_no_time(said):
+    code, text = said("8192x4x2560", entry(config={"block_C": 256, "threads": 32}, **{**WIN, "default_us": None, "default_ci_us": None}))
+    assert code == 0
+    assert "the default configuration does not work here" in line(text, "verdict")
+    assert [row.split()[0] for row in text.splitlines() if row.startswith(("tuned ", "default ", "runner-up "))] == ["tuned", "runner-up"]
+
+
 def test_the_default_it_was_compared_with_is_shown_where_it_has_changed(said):
     now, then = KERNELS["pre"].default(KERNELS["pre"].problem(4, 2560)), {"block_C": 256, "threads": 32}
     _, text = said("8192x4x2560", entry(config=dict(now), default_config=then, **WIN))
@@ -203,6 +210,8 @@ def test_neighbours_are_those_the_program_can_tell_apart():
         ({"verdict": "tie", "gain_ci": (-0.002, 0.009)}, "takes -0.2% to 0.9% less time than the default (95% sure), not clearly more"),
         ({"verdict": "default", "gain_ci": (-0.03, -0.02)}, "the best other takes 2.0% to 3.0% more time (95% sure)"),
         ({"verdict": "default"}, "default: nothing that was tried is faster"),
+        ({"verdict": "win", "default_us": None}, "win: the fastest that works ships; the default configuration does not work here"),
+        ({"verdict": "win", "default_us": None, "impl": "reference"}, "PyTorch serves; the default configuration does not work here"),
         ({"verdict": "default", "impl": "reference", "time_us": 60.0}, "PyTorch serves: it takes 40.0% less time"),
     ],
 )  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 from tests.tuner.planted_ledger import make_ledger, make_study
 from tl_kernels import KERNELS
 from tuner.errors import TuneError
-from tuner.ledger import feasible, read_ledger
+from tuner.ledger import read_ledger
+from tuner.space import Space
 from tuner.task import config_key
 
 
@@ -113,6 +114,6 @@ def test_a_file_that_cannot_be_read(tmp_path):
 def test_on_the_cpu_knobs_of_the_gpu_stay_at_their_default():
     kernel = KERNELS["post_res_project"]
     p = kernel.problem(4, 1280)
-    every = feasible(kernel, p, "cpu")
+    every = Space(kernel, p, "cpu").feasible()
     assert {(cfg["threads"], cfg["stages"]) for cfg in every} == {(kernel.default(p)["threads"], kernel.default(p)["stages"])}
-    assert 1 < len(every) < len(feasible(kernel, p, "sm_90a"))
+    assert 1 < len(every) < len(Space(kernel, p, "sm_90a").feasible())

@@ -1,20 +1,24 @@
 """tuner/pipeline.py: studies from first proposal to written entry, faults kept to their own trial, resumption, time limits."""
 
+import re
 import time
 from dataclasses import replace
 
 import pytest
 
 from mhc.profile import read_profile
-from tests.tuner import planted
+from tests.tuner import fleet, planted
 from tests.tuner.conftest import make_task
 from tuner import pipeline as pipeline_module
 from tuner import store as store_module
+from tuner.deadline import Deadline
 from tuner.devices import Device
+from tuner.evidence import verdict_text
 from tuner.hardware import Hardware
-from tuner.pipeline import DeviceLost
+from tuner.pipeline import DeviceLost, MachineTrouble
 from tuner.raw import raw
 from tuner.store import StorageLost
+from tuner.worker import open_orders
 
 
 def outcomes(pipeline, study=0):
@@ -83,7 +87,69 @@ def test_the_time_limit_ends_the_run_and_keeps_what_was_found(make_pipeline):
     assert time.monotonic() - start < 20
     assert sorted(e.C for e in run.entries) == [1280, 1920, 2560, 4096], "every shape gets its share of the time"
     assert not any(s.open for s in run.studies)
-    assert run.measured < sum(len(s.search._listed()) for s in run.studies), "there was no time for everything"
+    assert run.measured < sum(len(s.search.space.listed) for s in run.studies), "there was no time for everything"
+
+
+class UpAfter(Deadline):
+    """Time is up once so many configurations were measured, however long that takes."""
+
+    def __init__(self, run, measured):
+        super().__init__(None, len(run.studies), run.lookahead)
+        self._run, self._measured = run, measured
+
+    @property
+    def up(self):
+        return self._run.measured >= self._measured
+
+    def late(self, position):
+        return self.up
+
+
+def test_where_time_is_up_before_the_default_nothing_ships_and_the_same_command_goes_on(make_pipeline):
+    run = make_pipeline([gpu_task()], trials=3, compile=planted.compile_without_end_for_the_default, hardware=GPU)
+    run.deadline = UpAfter(run, 2)
+    run.run()
+    assert [r.outcome for r in outcomes(run).values()] == ["ok"] * 2
+    assert not run.entries
+    assert run.unreached == [f"{gpu_task().label}: the default was not measured; time was up"]
+    again = make_pipeline([gpu_task()], trials=2, hardware=GPU)  # others have used the whole budget
+    again.run()
+    assert again.measured == 1
+    assert again.entries[0].default_us == pytest.approx(planted.measured_us(again.studies[0].search.default), rel=1e-3)
+
+
+def test_where_the_default_fails_the_best_of_the_others_ships_without_a_time_of_it(make_pipeline, tmp_path):
+    run = make_pipeline([make_task()], trials=50, measure=planted.measure_all_but_the_default)
+    run.run()
+    (entry,) = read_profile(tmp_path / "cpu.yaml").entries
+    best, second = sorted((c for c, r in outcomes(run).items() if r.outcome == "ok"), reverse=True)[:2]
+    assert (entry.verdict, entry.config["block_C"]) == ("win", best)
+    assert entry.time_us == pytest.approx(planted.measured_us({"block_C": best}), rel=1e-3)
+    assert entry.runner_up_us == pytest.approx(planted.measured_us({"block_C": second}), rel=1e-3)
+    assert (entry.default_us, entry.default_ci_us, entry.gain_ci) == (None, None, None)
+    assert "the default configuration does not work here" in verdict_text(entry)
+
+
+def test_a_confirmation_of_fewer_rounds_than_are_asked_for_is_made_again(make_pipeline):
+    first = make_pipeline([make_task()])
+    first.run()
+    full = make_pipeline([make_task()], rounds=50)
+    assert full.studies[0].search.confirmation is None
+    assert open_orders(full.store, full.settings.hardware, ["pre_bwd"])[0], "a worker may help"
+    full.run()
+    assert full.measured == 0
+    assert full.phases.seconds["confirm"] > 0
+    quick = make_pipeline([make_task()])
+    assert quick.studies[0].search.confirmation is not None, "more rounds are as good"
+    assert not open_orders(quick.store, quick.settings.hardware, ["pre_bwd"])[0]
+
+
+def test_the_profile_names_the_seed_of_the_study_that_made_the_entry(make_pipeline, tmp_path):
+    make_pipeline([make_task()], seed=3).run()
+    make_pipeline([make_task()], seed=4).run()
+    assert read_profile(tmp_path / "cpu.yaml").provenance.seed == 3
+    make_pipeline([make_task()], trials=5, seed=4).run()
+    assert read_profile(tmp_path / "cpu.yaml").provenance.seed == 4
 
 
 def test_studies_of_one_program_share_their_compiles(make_pipeline):
@@ -153,6 +219,53 @@ def test_a_busy_device_is_asked_again(make_pipeline):
     run = make_pipeline([make_task()], trials=3, measure=planted.measure_when_free)
     run.run()
     assert [r.outcome for r in outcomes(run).values()] == ["ok"] * 3
+
+
+@pytest.mark.parametrize(
+    ("jobs", "said"),
+    [
+        ({"compile": planted.compile_on_a_full_disk}, "error writing to /tmp/x.s: No space left on device; 5 jobs in a row failed so"),
+        ({"measure": planted.measure_never}, "device lock /tmp/x.lock: held by process 1; 5 jobs in a row"),
+    ],
+    ids=["full disk", "busy device"],
+)
+def test_trouble_with_the_machine_is_no_configurations_failure(make_pipeline, jobs, said):
+    tasks = [gpu_task(C=C, T=T) for C in (1280, 2560) for T in (64, 128)]
+    run = make_pipeline(tasks, hardware=GPU, **jobs)
+    with pytest.raises(MachineTrouble, match=re.escape(said)):
+        run.run()
+    for study in run.studies:
+        assert not study.search.results
+        assert not any(row.running for row in study.search._claims.read())
+    again = make_pipeline(tasks, hardware=GPU)
+    again.run()
+    assert len(again.entries) == len(tasks)
+    assert again.measured == 4 * len(tasks)
+
+
+def test_where_no_worker_can_start_nothing_is_stored(make_pipeline, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/bin/false")
+        run = make_pipeline([gpu_task()], hardware=GPU)
+        with pytest.raises(
+            MachineTrouble, match=r"a worker process did not start: its process died \(exit code 1\); see .*workers\.log; 5"
+        ):
+            run.run()
+        assert not run.studies[0].search.results
+    again = make_pipeline([gpu_task()], hardware=GPU)
+    again.run()
+    assert again.measured == 4
+    assert again.entries
+
+
+def test_what_alone_meets_with_trouble_is_left_for_another_run(make_pipeline):
+    run = make_pipeline([make_task()], trials=50, compile=planted.compile_without_memory)
+    run.run()
+    assert run.entries
+    assert 512 not in outcomes(run)
+    again = make_pipeline([make_task()], trials=50)
+    again.run()
+    assert (again.measured, outcomes(again)[512].outcome) == (1, "ok")
 
 
 def test_what_cannot_win_by_its_bytes_is_not_measured(make_pipeline, monkeypatch):
@@ -241,6 +354,7 @@ def test_an_interrupted_run_gives_back_what_it_held(make_pipeline, monkeypatch):
     monkeypatch.setattr(run, "_measured", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run.run()
-    rows = run.studies[0].search._claims.read()
-    assert rows
-    assert not any(row.running or row.died for row in rows)
+    claims = run.studies[0].search._claims
+    assert claims.read()
+    assert not any(row.running for row in claims.read())
+    assert not fleet.deaths(claims._study.get_trials())

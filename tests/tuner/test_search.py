@@ -7,10 +7,11 @@ import time
 import pytest
 from optuna.trial import TrialState
 
+from tests.tuner import fleet
 from tests.tuner.conftest import EFFORT, make_task
 from tl_kernels import KERNELS
 from tuner import identity
-from tuner.search import MAX_DEATHS, Search
+from tuner.search import Search
 from tuner.storage import open_storage
 from tuner.store import Store
 from tuner.task import Order, Result, config_key
@@ -64,7 +65,7 @@ def test_batches_without_results_are_distinct_too(storage):
 def test_a_small_space_is_tried_in_full_and_then_ends(storage):
     search = Search(make_task("pre", C=1280), storage, 500, seed=0)
     tried = drain(search)
-    everything = {config_key(cfg) for cfg in search._listed()}
+    everything = {config_key(cfg) for cfg in search.space.listed}
     assert {config_key(cfg) for cfg in tried} >= everything
     assert search.left == 0
 
@@ -98,6 +99,22 @@ def test_stored_trials_come_back_with_every_field(storage):
     assert second.best_us == 12.5
 
 
+def test_the_default_is_tried_even_where_others_have_used_the_budget(storage):
+    task = make_task("post_res", C=2560, arch="sm_90a")
+    first = Search(task, storage, 3, seed=0)
+    batch = [first.propose() for _ in range(3)]
+    for cfg in batch[1:]:
+        first.tell(cfg, OK)
+    first.withdraw(first.default)
+    other = Search(task, storage, 2, seed=0)
+    assert other.left == 1
+    assert other.propose() == other.default
+    assert other.propose() is None
+    assert other.default_result is None
+    other.tell(other.default, OK)
+    assert (other.left, other.default_result) == (0, OK)
+
+
 def test_infeasible_after_lowering_does_not_count_as_a_trial(storage):
     search = Search(make_task("post_res", C=2560, arch="sm_90a"), storage, 3, seed=0)
     search.tell(search.propose(), Result("infeasible", reason="too much shared memory"))
@@ -107,7 +124,7 @@ def test_infeasible_after_lowering_does_not_count_as_a_trial(storage):
 
 def test_hints_of_a_sibling_come_right_after_the_default(storage):
     task = make_task("post_res", C=2560, arch="sm_90a")
-    space = Search(task, storage, 8, seed=0)._listed()
+    space = Search(task, storage, 8, seed=0).space.listed
     hints = [cfg for cfg in space if cfg != task.spec.default(task.p)][:6]
     search = Search(task, storage, 8, seed=0, hints=lambda: hints)
     assert drain(search)[1:5] == hints[:4], "half of the trials at most"
@@ -236,24 +253,37 @@ def test_what_a_dead_worker_held_is_tried_again_and_its_late_result_is_dropped(w
     assert stored(awake) == [config_key(cfg)]
 
 
-def test_a_configuration_that_kills_its_workers_is_a_failure_in_the_end(workers):
-    task, default = make_task(C=2560), None
-    for _ in range(MAX_DEATHS):
-        search = workers(task)
-        default = search.propose()
-        search._claims.store.storage.set_trial_state_values(search._held_trials[config_key(default)], TrialState.FAIL)  # as the reaper does
-    last = workers(task)
-    assert last.propose() != default == last.default
-    assert last.results[config_key(default)][1].outcome == "crash"
-    assert "3 workers died" in last.results[config_key(default)][1].reason
+def bury(search, trial_id):
+    """As the reaper does once the process that holds the trial is dead."""
+    search._claims.store.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
+def test_workers_that_are_killed_say_nothing_of_what_they_held(workers):
+    for _ in range(5):
+        search = workers(make_task(C=2560))
+        batch = [search.propose() for _ in range(3)]
+        assert batch[0] == search.default
+        for cfg in batch:
+            bury(search, search._held_trials[config_key(cfg)])
+    last = workers(make_task(C=2560))
+    assert last.propose() == last.default
+    assert not last.results
+
+
+def test_workers_that_are_killed_say_nothing_of_the_confirmation(workers):
+    one = workers(make_task(C=2560), trials=1)
+    one.tell(one.propose(), OK)
+    for _ in range(5):
+        assert one.claim_confirmation()
+        bury(one, one._confirming[0])
+    assert one.claim_confirmation()
 
 
 def test_what_was_withdrawn_is_no_death(workers):
-    for _ in range(MAX_DEATHS + 1):
-        search = workers(make_task(C=2560))
-        assert search.propose() == search.default
-        search.release()
-    assert search._deaths.total() == 0
+    search = workers(make_task(C=2560))
+    search.propose()
+    search.release()
+    assert not fleet.deaths(search._claims._study.get_trials())
 
 
 def test_devices_of_another_name_do_not_share_a_study(workers):
@@ -272,7 +302,7 @@ def test_one_worker_confirms(workers):
     assert other.confirmed_elsewhere
     assert one.confirm({"entry": {}})
     assert not other.claim_confirmation()
-    assert other.confirmation == {"entry": {}, "count": 1}
+    assert other.confirmation == {"entry": {}, "count": 1, "rounds": 0}
     other.sync()
     assert not other.confirmed_elsewhere
     assert other.count == 1, "a confirmation is no trial"
@@ -288,13 +318,13 @@ def test_a_dead_workers_confirmation_is_taken_over(workers):
     assert awake.claim_confirmation()
     assert not asleep.confirm({"entry": {"late": True}})
     assert awake.confirm({"entry": {}})
-    assert asleep.confirmation == {"entry": {}, "count": 1}
+    assert asleep.confirmation == {"entry": {}, "count": 1, "rounds": 0}
 
 
 def test_brute_force_tries_every_configuration(storage):
     search = Search(make_task("pre_bwd", C=2560), storage, 2, seed=0, sampler="brute-force")
     tried = drain(search)
-    assert {config_key(cfg) for cfg in tried} == {config_key(cfg) for cfg in search._listed()}
+    assert {config_key(cfg) for cfg in tried} == {config_key(cfg) for cfg in search.space.listed}
     assert len(tried) == search.trials
 
 
@@ -319,7 +349,7 @@ def test_the_funnel_counts_every_configuration_of_the_space_once(storage):
         search.tell(search.propose(), result)
     funnel = search.funnel()
     assert [funnel[name] for name in results] == [1] * len(results)
-    assert funnel["space"] - funnel["constraint"] == len(search._listed())
+    assert funnel["space"] - funnel["constraint"] == len(search.space.listed)
     drain(search)
     funnel = search.funnel()
     assert sum(funnel.values()) == 2 * funnel["space"], "each came to one end"

@@ -1,7 +1,9 @@
 """tuner/timing.py: medians, their intervals, early stop, interleaving, dirty batches."""
 
+import math
 import random
 import time
+from fractions import Fraction
 
 import pytest
 import torch
@@ -23,6 +25,23 @@ def test_interval_holds_the_median_and_shrinks_with_more_samples():
         assert low <= median(samples) <= high
     width = [high - low for low, high in (median_interval(few), median_interval(many))]
     assert width[1] < width[0] / 3
+
+
+def test_interval_is_the_tightest_that_is_sure_enough():
+    def coverage(rank, n):
+        """Of the rank-th smallest to the rank-th largest."""
+        return 1 - Fraction(2 * sum(math.comb(n, k) for k in range(rank)), 2**n)
+
+    for n in range(6, 201):
+        low, high = (int(rank) for rank in median_interval([float(rank) for rank in range(1, n + 1)]))
+        assert low + high == n + 1, "as far from either end"
+        assert coverage(low, n) >= 0.95 > coverage(low + 1, n), n
+
+
+def test_interval_of_more_samples_than_a_float_counts_outcomes():
+    low, high = median_interval([float(rank) for rank in range(1, 10_001)])
+    assert 5000 - low == pytest.approx(98, abs=1)
+    assert low + high == 10_001
 
 
 def test_interval_covers_the_true_median_about_as_often_as_it_says():

@@ -97,10 +97,10 @@ def test_a_worker_leaves_other_sources_and_other_devices_alone(command, tmp_path
 
 
 def test_a_run_announces_its_studies_and_keeps_what_others_asked(make_pipeline, tmp_path):
-    make_pipeline([replace(make_task(), covers=(1280, 2560))], trials=7)
+    make_pipeline([replace(make_task(), covers=(1280, 2560))], trials=7, rounds=50)
     run = make_pipeline([replace(make_task(), covers=(1280, 4096))], trials=5)
     ((name, order),) = orders(run.store)
-    assert (name, order.trials, order.task.covers) == (make_task().key, 7, (1280, 2560, 4096))
+    assert (name, order.trials, order.effort.rounds, order.task.covers) == (make_task().key, 7, 50, (1280, 2560, 4096))
     found, stale = open_orders(run.store, run.settings.hardware, ["pre_bwd"])
     assert (found, stale) == ([order], [])
     assert open_orders(run.store, run.settings.hardware, ["pre"]) == ([], [])

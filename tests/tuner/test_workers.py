@@ -3,12 +3,13 @@
 import operator
 import os
 import signal
+import sys
 import time
 
 import pytest
 
 from tests.tuner import planted
-from tuner.workers import WorkerCrash, WorkerError, WorkerPool, WorkerTimeout
+from tuner.workers import WorkerCrash, WorkerError, WorkerPool, WorkerTimeout, WorkerTrouble
 
 
 @pytest.fixture
@@ -58,6 +59,26 @@ def test_a_process_whose_device_is_beyond_use_is_replaced(pool):
     with pytest.raises(WorkerCrash, match="illegal memory access"):
         pool.submit(planted.poisoned_device, timeout=30).result()
     assert pool.submit(os.getpid, timeout=30).result() != pid
+
+
+def test_a_process_that_cannot_start_or_is_gone_says_nothing_of_the_job(monkeypatch):
+    with WorkerPool(1) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(WorkerTrouble, match=r"did not start: its process died \(exit code 1\)"):
+                pool.submit(os.getpid, timeout=30).result()
+            patch.setattr(sys, "executable", "/no/such/python")
+            with pytest.raises(WorkerTrouble, match=r"did not start: .*No such file"):
+                pool.submit(os.getpid, timeout=30).result()
+        assert pool.submit(operator.add, 2, 3, timeout=30).result() == 5
+
+
+def test_trouble_with_the_machine_is_told_apart(pool):
+    with pytest.raises(WorkerTrouble, match="held by process 1"):
+        pool.submit(planted.measure_never, timeout=30).result()
+    with pytest.raises(WorkerError) as e:
+        pool.submit(operator.truediv, 1, 0, timeout=30).result()
+    assert not isinstance(e.value, WorkerTrouble)
 
 
 def test_lower_priority_runs_first(pool):
