@@ -36,7 +36,7 @@ done, and the same command again goes on where it stopped.
 Several GPUs of one kind are all used. With --storage postgresql://..., `mhc-tune worker` on other machines joins in.
 
 Exit codes: 0 something was tuned, 1 nothing was, 2 the command line or a file must be mended, 3 the storage or the last GPU was lost in
-mid-run (what was finished is kept), 130 interrupted.
+mid-run, or a full disk or the like failed one job after another (what was finished is kept), 130 interrupted.
 """
 
 EPILOG = """Examples:

@@ -16,7 +16,7 @@ HELP = """Join the studies of a running (or interrupted) `mhc-tune --storage URL
 Only studies of the same device and of the same kernel sources are joined. A worker may be killed at any time: what it was trying is tried
 again. It writes no profile, unless --output names one; the mhc-tune that began writes the profile of all that was found.
 
-Exit codes: 0 no study is open any more, 2 the command line must be mended, 3 the storage or the last GPU was lost, 130 interrupted.
+Exit codes: 0 no study is open any more, 2 the command line must be mended, 3 as for a run, 130 interrupted.
 """
 
 
