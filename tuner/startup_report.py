@@ -43,7 +43,7 @@ def unfinished(result: Mapping[str, Any]) -> str | None:
     asked = re.search(r"--rivals[ =]([\w,-]+)", result["command"])
     there = {row["rival"] for row in result["rows"]}
     missing = [name for name in asked[1].split(",") if name.replace("-", "_") not in there] if asked else []
-    return f"Not all of what the command asked for: no {', '.join(missing)}" if missing else None
+    return f"Not all of what the command asked for: no start of {', '.join(missing)}" if missing else None
 
 
 def cells(samples: Sequence[Mapping[str, float]]) -> list[str]:

@@ -120,7 +120,7 @@ def test_what_was_measured_is_printed_before_it_is_written(tmp_path, monkeypatch
         ({"command": "mhc-tune startup --rivals ours,transformer-engine --repeats 1"}, None),
         (
             {"command": "mhc-tune startup --rivals=ours,tile-kernels,compile"},
-            "Not all of what the command asked for: no tile-kernels, compile",
+            "Not all of what the command asked for: no start of tile-kernels, compile",
         ),
     ],
 )
