@@ -13,7 +13,8 @@ from mhc.schema import Profile, Provenance
 from tests.tuner import planted_fingerprints, planted_programs
 from tests.tuner.conftest import make_entry, outcome
 from tests.tuner.test_fingerprint import compiles
-from tuner import static_check
+from tuner import cli, static_check
+from tuner.commands import check as check_command
 from tuner.fingerprint import fingerprint_job, fingerprints_path, read_fingerprints
 from tuner.selection import Selection
 from tuner.static_check import StaticRequest, programs_of
@@ -213,6 +214,13 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(check, args, words):
     assert code == 2, out
     assert words in out
     assert out.count("\n") == 1
+
+
+def test_examples_name_the_gpu():
+    """Several profiles are packaged: without a GPU here one must be named."""
+    examples = [line for text in (check_command.EPILOG, cli.EPILOG) for line in text.splitlines() if "check --static" in line]
+    assert len(examples) == 5
+    assert all("check --static --gpu h100" in line for line in examples)
 
 
 def test_fingerprints_of_another_architecture_are_refused(check, profile):
