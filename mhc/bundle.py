@@ -29,10 +29,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mhc.files import read_text
-from mhc.schema import Knob, Text
+from mhc.schema import Knob, Strict, Text
 from mhc.yamlfile import YAMLFileError, first_complaint
 from tl_kernels import deferred, launch
 from tl_kernels.spec import Config, Kernel, Problem
@@ -54,11 +54,7 @@ class BundleError(YAMLFileError):
     """What is wrong with a bundle, on one line naming the file."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Program(_Strict):
+class Program(Strict):
     """One program and the file that holds it. ``n``, ``C`` and ``dtype`` as in a profile."""
 
     kernel: Text
@@ -71,16 +67,16 @@ class Program(_Strict):
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.so$", description="in the bundle's folder")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=1)]
-    dynamic: Annotated[
-        list[tuple[int, int]], Field(description="CPU target: which dimension of which tensor gives each size that the program takes")
-    ] = []
+    dynamic: list[tuple[int, int]] = Field(
+        default_factory=list, description="CPU target: which dimension of which tensor gives each size that the program takes"
+    )
 
     @property
     def key(self) -> Key:
         return (self.kernel, self.n, self.C, self.dtype, tuple(sorted(self.options.items())), tuple(sorted(self.config.items())))
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """All of a bundle but the libraries."""
 
     schema_version: Literal[1]

@@ -84,11 +84,13 @@ Knob = Annotated[int | str | bool, BeforeValidator(_knob)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A file that only this project writes: no field more, no value converted, no NaN."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Entry(_Strict):
+class Entry(Strict):
     """One kernel at one shape. What has a default of None is left out by older tuners, and where it is not known."""
 
     kernel: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", description="name in tl_kernels.KERNELS")]
@@ -141,7 +143,7 @@ class Entry(_Strict):
         return (self.kernel, self.n, self.C, self.dtype, self.tokens)
 
 
-class Provenance(_Strict):
+class Provenance(Strict):
     """Where, with what and when a profile was tuned."""
 
     gpu: Annotated[Text, Field(description="device name, or the CPU's model name")]
@@ -160,7 +162,7 @@ class Provenance(_Strict):
     command: Text
 
 
-class Profile(_Strict):
+class Profile(Strict):
     """Everything tuned on one kind of device."""
 
     schema_version: Literal[1]

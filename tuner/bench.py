@@ -3,20 +3,22 @@
 All rivals get the same inputs, are checked against float64 before they are timed, and are timed interleaved in one run: forward, and
 forward + backward with the gradients of x, fn, base and scale; on CUDA as CUDA-graph replay and eagerly (launches included), on the CPU by
 wall clock. Beside that per shape: memory, launches by kernel, the host's time, latencies of small token counts, and every kernel's share
-of copy bandwidth with its registers, shared memory and occupancy. A rival that fails is a row that says why. Writes bench.json, bench.md
-and bench.png after every stage.
+of copy bandwidth with its registers, shared memory and occupancy. A rival that fails is a row that says why. Writes bench.json and
+bench.md after every stage, and bench.png at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from mhc import profile
@@ -98,7 +100,7 @@ def versions() -> dict[str, str | None]:
 
 
 class Bench:
-    """One run: ``result`` grows stage by stage and is written after each."""
+    """One run: ``result`` grows stage by stage and is written after each, from the first that measured anything."""
 
     def __init__(self, plan: Plan, request: BenchRequest, display: BenchDisplay) -> None:
         self.plan, self.request, self.display = plan, request, display
@@ -123,7 +125,7 @@ class Bench:
         }
 
     def run(self) -> None:
-        """Every stage. What was measured before an exception is in the files."""
+        """Every stage. What was measured before an exception is in the files. Raises :class:`TuneError` where they cannot be written."""
         start = time.monotonic()
         try:
             for place in range(len(self.plan.shapes)):
@@ -261,18 +263,31 @@ class Bench:
             release()
 
     def write(self) -> None:
-        """bench.json, bench.md and bench.png as they stand."""
+        """bench.json and bench.md as they stand; an earlier run's stay until something was measured."""
+        if not self.result["shapes"]:
+            return
         out = self.plan.out
-        for name, text in (("bench.json", json.dumps(self.result, indent=1) + "\n"), ("bench.md", markdown(self.result))):
-            replace_file(out / name, text)
-        (out / "bench.png").unlink(missing_ok=True)  # never an old picture beside new numbers
+        with _writing(out):
+            for name, text in (("bench.json", json.dumps(self.result, indent=1) + "\n"), ("bench.md", markdown(self.result))):
+                replace_file(out / name, text)
+            (out / "bench.png").unlink(missing_ok=True)  # never an old picture beside new numbers
 
     def _chart(self) -> None:
+        if not self.result["shapes"]:
+            return
         try:
-            if self.result["shapes"]:
+            with _writing(self.plan.out):
                 chart(self.result, self.plan.out / "bench.png")
         except ModuleNotFoundError as error:
             self.display.note(f"no chart: {error}; pip install matplotlib")
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise TuneError(f"--out {out}: cannot be written: {e.strerror or e}") from None
 
 
 def _same(row: dict[str, Any], spec: Spec) -> bool:
@@ -303,6 +318,13 @@ def bench(request: BenchRequest) -> int:
             run.run()
         except KeyboardInterrupt:
             interrupted = True
+        except TuneError:
+            if run.result["shapes"]:  # on a full disk too
+                print(markdown(run.result), end="")
+            raise
+    if interrupted and not run.result["shapes"]:
+        print(f"mhc-tune bench: interrupted before anything was measured; {plan.out} is as it was", file=sys.stderr)
+        return INTERRUPTED
     if interrupted:
         print(f"mhc-tune bench: interrupted; what was measured is in {plan.out / 'bench.json'} and .md", file=sys.stderr)
         return INTERRUPTED

@@ -7,7 +7,7 @@ Imports torch and the PyTorch reference only, so that a rival's own environment 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,11 +40,12 @@ class Shape:
         return f"{self.T} x {self.n} x {self.C}"
 
     @staticmethod
-    def parse(text: str, option: str = "--shapes") -> Shape:
-        """``8192x4x2560`` or ``8192x4x2560:ours+eager``. Raises :class:`TuneError` that names the option."""
+    def parse(text: str, option: str = "--shapes", narrow: bool = True) -> Shape:
+        """``8192x4x2560`` or, where it may ``narrow``, ``8192x4x2560:ours+eager``. Raises :class:`TuneError` that names the option."""
         match = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})(?::(\S+))?", text.strip())
-        if match is None:
-            raise TuneError(f"{option}: got {text!r}, wanted TxnxC such as 8192x4x2560, or 8192x4x2560:ours+liger")
+        if match is None or (match[4] and not narrow):
+            narrowed = ", or 8192x4x2560:ours+liger" if narrow else ""
+            raise TuneError(f"{option}: got {text!r}, wanted TxnxC such as 8192x4x2560{narrowed}")
         T, n, C = (int(match[k]) for k in (1, 2, 3))
         if not (T >= 1 and 1 <= n <= 8 and C >= 1):
             raise TuneError(f"{option}: got {text!r}, wanted T and C of at least 1 and n in 1..8")
@@ -118,9 +119,6 @@ def plain_boundary(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, order: st
     H_res = reference.sinkhorn(h_res, order=order)
     f = reference.pre(wide, H_pre).to(x.dtype)
     return reference.post_res(wide, f.to(fn.dtype), H_post, H_res).to(x.dtype)
-
-
-Answer = Mapping[str, Tensor]
 
 
 def expected(

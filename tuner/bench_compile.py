@@ -19,7 +19,6 @@ Program = tuple[Kernel, Problem, Config]
 
 #: Seconds for one program; the first of a process pays for its imports too. The slowest takes 45 s on one half of a busy core.
 COMPILE_S = 120.0
-#: Compilers see no GPU, so that none of its memory goes to their contexts.
 #: How often whoever waits looks up, in seconds.
 POLL_S = 1.0
 

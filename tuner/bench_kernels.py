@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -12,15 +11,13 @@ from typing import Any
 import torch
 
 from mhc import backend, profile
-from mhc.files import read_text, replace_file
 from mhc.fused import DESIGN_KERNELS
 from tl_kernels import KERNELS
 from tl_kernels.launch import compile_kernel, device_arch, get_launcher
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner.bench_case import Shape
 from tuner.bench_entrant import capture
-from tuner.compile_job import _device_shared_bytes as device_shared_bytes
-from tuner.compile_job import lowered_shared_bytes
+from tuner.compile_job import cached_shared_bytes, lowered_shared_bytes
 from tuner.cubin import Resources, blocks_per_sm, find_kernels, occupancy
 from tuner.errors import one_line
 from tuner.inputs import make_inputs
@@ -29,8 +26,6 @@ from tuner.timing import Call, Clock, Timed, median, median_interval
 
 #: Most launches in one sample.
 MOST_LAUNCHES = 32
-#: In a program's folder of TileLang's cache, whose manifest lets other files be.
-SHARED_FILE = "mhc_shared_bytes"
 
 
 def choices(
@@ -74,7 +69,7 @@ def resources(kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str
 
 
 def image_resources(jit: Any, kernel: Kernel, p: Problem, config: Config, arch: str) -> dict[str, Any]:
-    """Registers, stack and threads from the compiled image, dynamic shared memory from lowering, and the occupancy of both."""
+    """Registers, stack and threads from the compiled image, dynamic shared memory from what launches it, and the occupancy of both."""
     folder = getattr(jit, "_tilelang_cache_path", None)
     if folder is not None:
         found = find_kernels((Path(folder) / "executable.so").read_bytes())
@@ -86,22 +81,11 @@ def image_resources(jit: Any, kernel: Kernel, p: Problem, config: Config, arch: 
     if not found:
         return {}
     worst = max(found, key=lambda r: (r.registers, r.stack))
-    shared = _dynamic_shared(jit, folder, kernel, p, config, arch) + worst.static_shared
+    dynamic = None if folder is None else cached_shared_bytes(Path(folder))
+    if dynamic is None:  # takes up to a minute
+        dynamic = lowered_shared_bytes(kernel, kernel.build(p, config), config, arch)
+    shared = dynamic + worst.static_shared
     return {"shared": shared} | _summary(worst, arch, shared)
-
-
-def _dynamic_shared(jit: Any, folder: str | None, kernel: Kernel, p: Problem, config: Config, arch: str) -> int:
-    """Bytes, which the image does not tell. Kept beside it: to lower a program once more takes up to a minute."""
-    artifact = getattr(jit, "artifact", None)  # None where it came from the cache
-    kept = None if folder is None else Path(folder) / SHARED_FILE
-    if artifact is None and kept is not None:
-        with contextlib.suppress(OSError, ValueError):
-            return int(read_text(kept, 64))
-    found = lowered_shared_bytes(kernel, kernel.build(p, config), config, arch) if artifact is None else device_shared_bytes(artifact)
-    if kept is not None:
-        with contextlib.suppress(OSError):
-            replace_file(kept, f"{found}\n")
-    return found
 
 
 def _summary(r: Resources, arch: str, shared: int) -> dict[str, Any]:

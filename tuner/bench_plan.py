@@ -14,6 +14,7 @@ from tuner.bench_rivals import RIVALS, check_rivals, rival_names
 from tuner.errors import TuneError, unknown
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
+from tuner.writer import check_writable
 
 #: What is measured where nothing is asked for: the issue's shapes, and on the CPU a small one.
 SHAPES = {"cuda": "8192x4x2560,8192x4x4096,4096x4x7168", "cpu": "64x4x256"}
@@ -72,7 +73,6 @@ def _counts(option: str, text: str) -> list[int]:
 
 def make_plan(request: BenchRequest) -> Plan:
     """Everything that can be wrong with a request is found here. Raises :class:`TuneError`."""
-    kind = "cpu" if request.gpu.strip().lower() == "cpu" else "cuda"
     # what needs no device comes first: a typing error need not wait for torch to look for one
     shapes = [Shape.parse(text) for text in split_names(request.shapes) or ()]
     known = rival_names()
@@ -88,21 +88,24 @@ def make_plan(request: BenchRequest) -> Plan:
     check_rivals(envs, known)
     hardware = resolve(request.gpu)
     kind = "cpu" if hardware.is_cpu else "cuda"
+    # those of tuner/rivals are CUDA through and through
+    rivals = [name for name in known if name in wanted or (not wanted and (name in RIVALS or not hardware.is_cpu))]
+    for shape in shapes:
+        left_out = [name for name in shape.only or () if name.replace("-", "_") not in rivals]
+        if left_out:
+            raise TuneError(
+                f"--shapes: {shape} asks for {', '.join(left_out)}, wanted some of the rivals that take part: {', '.join(rivals)}"
+            )
     out = request.out or Path("results") / hardware.profile
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise TuneError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    for name in ("bench.json", "bench.md", "bench.png"):
+        check_writable(out / name, "--out")
     if request.profile:
         profile.load_profile(request.profile)
     return Plan(
         hardware=hardware,
         device=torch.device("cpu") if hardware.is_cpu else torch.device("cuda", torch.cuda.current_device()),
         shapes=shapes or [Shape.parse(text) for text in SHAPES[kind].split(",")],
-        # those of tuner/rivals are CUDA through and through
-        rivals=[name for name in known if name in wanted or (not wanted and (name in RIVALS or not hardware.is_cpu))],
+        rivals=rivals,
         named=bool(wanted),
         layers=layers,
         tokens=_counts("--tokens", DECODE_TOKENS[kind]) if tokens is None else tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", f"## T x n x C = {entry['T']} x {entry['n']} x {entry['C']}", ""]
         lines += [_shape_line(entry), ""]
         lines += _boundaries(entry, graph)
-        lines += ["", *(f"- {_name(row)}: {text}" for row in entry["rows"] for text in _notes(row))]
+        lines += ["", *(f"- {_name(row)}: {text}" for row in entry["rows"] for text in [row["note"], *remarks(row)] if text)]
         lines += _launches(entry) + _decode(entry, graph) + _kernels(entry, graph)
     return "\n".join(lines) + "\n"
 
@@ -79,7 +80,7 @@ def _boundaries(entry: dict[str, Any], graph: bool) -> list[str]:
             time = row["times"].get(f"{p}_{kind}")
             cells.append(_interval(time) if time else "-")
             if kind == _main(graph):
-                cells.append(_percent(time["share"]) if time else "-")
+                cells.append(share_text(time["share"]) if time else "-")
         if graph:
             both = [row["times"].get(f"forward_backward_{kind}") for kind in ("eager", "graph")]
             cells.append(f"{both[0]['us'] / both[1]['us']:.2f}" if both[0] and both[1] else "-")
@@ -111,17 +112,19 @@ def _interval(time: dict[str, Any]) -> str:
     return f"{time['us']:.1f} ({time['lo']:.1f}..{time['hi']:.1f})"
 
 
-def _percent(share: float) -> str:
+def share_text(share: float) -> str:
+    """``76%``, ``6.4%``."""
     return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
 
 
-def _notes(row: dict[str, Any]) -> list[str]:
-    notes = [row["note"]] if row["note"] else []
-    if row["errors"]:
+def remarks(row: dict[str, Any], only_bad: bool = False) -> list[str]:
+    """How near a row's answer is to float64, and what failed. ``only_bad``: nothing of an answer that agrees."""
+    found = []
+    if row["errors"] and not (only_bad and row["agrees"]):
         worst = max(row["errors"], key=row["errors"].__getitem__)
         verdict = "agrees with" if row["agrees"] else "DIFFERS from"
-        notes.append(f"{verdict} float64; largest relative error {row['errors'][worst]:.1e} in {worst}")
-    return notes + [f"failed: {e}" for e in row["failures"]]
+        found.append(f"{verdict} float64; largest relative error {row['errors'][worst]:.1e} in {worst}")
+    return found + [f"failed: {e}" for e in row["failures"]]
 
 
 def _launches(entry: dict[str, Any]) -> list[str]:
@@ -142,34 +145,46 @@ def _launches(entry: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _decode(entry: dict[str, Any], graph: bool) -> list[str]:
-    if not entry["decode"]:
-        return []
-    tokens = sorted({row["T"] for row in entry["decode"]})
-    names: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in entry["decode"]:
-        names.setdefault(row["label"] + (", chained" if row["chained"] else ""), {})[row["T"]] = row
-    rows, failures = [], []
-    for name, by_T in names.items():
+def by_name(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of small token counts, by implementation."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["label"] + (", chained" if row["chained"] else ""), []).append(row)
+    return found
+
+
+def small_tokens(rows: Sequence[dict[str, Any]], graph: bool, nothing: str = "-") -> tuple[list[str], list[list[str]], list[str]]:
+    """Head and lines of a table, us of a forward by implementation and T; and what is wrong with its rows. ``nothing``: for no time."""
+    tokens = sorted({row["T"] for row in rows})
+    kinds = ("graph", "eager") if graph else ("eager",)
+    lines, wrong = [], []
+    for name, mine in by_name(rows).items():
+        by_T = {row["T"]: row for row in mine}
         cells = [name]
         for T in tokens:
             times = by_T[T]["times"] if T in by_T else {}
-            kinds = ("graph", "eager") if graph else ("eager",)
-            cells.append(" / ".join(f"{times[k]['us']:.1f}" if (k := f"forward_{kind}") in times else "-" for kind in kinds))
-        host: dict[str, float] = next((row["host_us"] for row in by_T.values() if row.get("host_us")), {})
-        cells.append(" / ".join(f"{host[k]:.0f}" if k in host else "-" for k in ("forward", "record", "forward_backward")))
-        rows.append(cells)
-        for T, row in by_T.items():
-            if not row["agrees"] and row["errors"]:
-                failures.append(f"- {name}, T = {T}: DIFFERS from float64 by {max(row['errors'].values()):.1e}")
-            failures += [f"- {name}, T = {T}: failed: {e}" for e in row["failures"]]
+            cells.append(" / ".join(f"{times[k]['us']:.1f}" if (k := f"forward_{kind}") in times else nothing for kind in kinds))
+        host: dict[str, float] = next((row["host_us"] for row in mine if row.get("host_us")), {})
+        cells.append(" / ".join(f"{host[k]:.0f}" if k in host else nothing for k in ("forward", "record", "forward_backward")))
+        lines.append(cells)
+        at: dict[str, list[str]] = {}
+        for row in mine:
+            for text in remarks(row, only_bad=True):
+                at.setdefault(text, []).append(str(row["T"]))
+        wrong += [f"{name}, T = {', '.join(every)}: {text}" for text, every in at.items()]
+    host_T = next((f", T = {row['T']}" for row in rows if row.get("host_us")), "")
+    return ["implementation", *(f"T = {T}" for T in tokens), f"host{host_T}"], lines, wrong
+
+
+def _decode(entry: dict[str, Any], graph: bool) -> list[str]:
+    if not entry["decode"]:
+        return []
+    head, rows, wrong = small_tokens(entry["decode"], graph)
     depth = max(row["layers"] for row in entry["decode"])
     how = "graph replay / eager" if graph else "wall clock"
-    host_T = next((row["T"] for row in entry["decode"] if row.get("host_us")), None)
-    lines = ["", f"### Small token counts: forward, us a boundary in a stack of {depth}, {how}", ""]
-    lines += _table(["implementation", *(f"T = {T}" for T in tokens), f"host, T = {host_T}"], rows)
+    lines = ["", f"### Small token counts: forward, us a boundary in a stack of {depth}, {how}", "", *_table(head, rows)]
     lines += ["", "Host: us of Python a boundary, nothing waited for: forward without autograd / with / forward + backward."]
-    return lines + (["", *failures] if failures else [])
+    return lines + (["", *(f"- {text}" for text in wrong)] if wrong else [])
 
 
 def _kernels(entry: dict[str, Any], graph: bool) -> list[str]:
@@ -185,7 +200,7 @@ def _kernels(entry: dict[str, Any], graph: bool) -> list[str]:
         if k["failure"]:
             rows.append([*cells, f"failed: {k['failure']}", *[""] * (len(head) - 4)])
             continue
-        cells += [_interval(k), f"{k['gbps']:.0f}", _percent(k["share"])]
+        cells += [_interval(k), f"{k['gbps']:.0f}", share_text(k["share"])]
         if graph:
             shared, filled = k.get("shared"), k.get("occupancy")
             cells += [str(k.get(name, "-")) for name in ("registers", "stack")]
@@ -215,7 +230,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def readme_table(result: dict[str, Any]) -> str:
-    """The small table of the README: the first shape, one line an implementation, the best of ours in bold."""
+    """A small table for a README: the first shape, one line an implementation, ours in bold."""
     entry, kind = result["shapes"][0], _main(result["method"] == "cuda")
     floor = entry["floor_us"]
     first = [f"floor: bytes that must move, at the copy bandwidth of the run ({entry['copy_gbps']:.0f} GB/s)"]
@@ -226,7 +241,7 @@ def readme_table(result: dict[str, Any]) -> str:
             continue
         bold = "**" if row["rival"] == "ours" else ""
         cells = [f"{bold}{_name(row)}{bold}"]
-        cells += [c for t in times for c in ((f"{bold}{t['us']:.0f}{bold}", _percent(t["share"])) if t else ("-", "-"))]
+        cells += [c for t in times for c in ((f"{bold}{t['us']:.0f}{bold}", share_text(t["share"])) if t else ("-", "-"))]
         rows.append([*cells, "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"])
     head = [f"T x n x C = {entry['T']} x {entry['n']} x {entry['C']}"]
     for p in PASSES:
@@ -253,11 +268,9 @@ def chart(result: dict[str, Any], path: Path) -> None:
             _bars(axis, entry, p, kind)
             axis.set_xlabel(f"us a boundary, median, {how}")
             shape = f"{entry['T']} x {entry['n']} x {entry['C']}"
-            floor = f"dashed: floor, {entry['floor_us'][p]:.0f} us ({entry['floor_units'][p]}u at copy speed)"
+            floor = f"dashed: floor, {entry['floor_us'][p]:.0f} us ({entry['floor_units'][p]}u, copy {entry['copy_gbps']:.0f} GB/s)"
             axis.set_title(f"{TITLES[p]}, {shape}\n{floor}", fontsize=10)
-    copy = entries[0]["copy_gbps"] if entries else 0.0
-    title = f"mHC boundaries (T x n x C), identity layer, {result['dtype']}\n{result['hardware']['name']}, copy {copy:.0f} GB/s"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"mHC boundaries (T x n x C), identity layer, {result['dtype']}\n{result['hardware']['name']}", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -19,21 +19,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from mhc.yamlfile import printable
+from tuner.compile_each import compile_each
 from tuner.display import make_console
 from tuner.errors import INTERRUPTED, TuneError
 from tuner.hardware import Hardware, find_compiler
 from tuner.plan import pick_kernels, split_names
 from tuner.run import term_is_interrupt
-from tuner.waiting import as_they_end
-from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
+from tuner.selection import find_profile, load
+from tuner.workers import WorkerError, cores
 
 #: Exit code where some programs, or all, could not be compiled.
 INCOMPLETE = 1
-COMPILE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,12 @@ def library_job(name: str, p: Any, cfg: dict[str, Any], target: str) -> tuple[by
 def compile_bundle(request: CompileRequest) -> int:
     """Write the bundle; returns the exit code. Raises :class:`TuneError` for what the user can mend."""
     names = pick_kernels(split_names(request.kernels))
-    profile, source = _profile(request)
+    if request.gpu is None and request.profile is None:
+        raise TuneError("--gpu is missing, wanted a GPU's profile name (h100, ...), cpu, or --profile with a path")
+    source, path = find_profile("auto" if request.gpu is None else request.gpu, request.profile, cpu=True)
+    profile = load(path, "" if request.profile is None else f"--profile {source}")
     where = profile.provenance
-    compiler = find_compiler(Hardware(profile=request.gpu or source, name=where.gpu, arch=where.arch))
+    compiler = find_compiler(Hardware(profile=source, name=where.gpu, arch=where.arch))
     _check_output(request.output)
     console = make_console()
     programs, notes = _programs(profile, names, source)
@@ -106,7 +106,10 @@ def compile_bundle(request: CompileRequest) -> int:
     start = time.monotonic()
     try:
         with term_is_interrupt(), _new_folder(request.output) as folder:
-            built, failed = _compile(programs, where.arch, jobs, folder, console)
+            # distinct programs have distinct labels: what else their keys hold follows from n and C
+            found = compile_each(library_job, {w.label: (w.kernel, w.p, w.config, where.arch) for w in programs}, request.jobs, console)
+            failed = [(w, str(found[w.label])) for w in programs if isinstance(found[w.label], WorkerError)]
+            built = [_keep(w, found[w.label], folder) for w in programs if not isinstance(found[w.label], WorkerError)]
             if built:
                 _write_manifest(folder, built, profile, source, compiler, request)
                 _publish(folder, request.output)
@@ -128,24 +131,6 @@ def compile_bundle(request: CompileRequest) -> int:
         soft_wrap=True,
     )
     return INCOMPLETE if failed else 0
-
-
-def _profile(request: CompileRequest) -> tuple[Any, str]:
-    """The profile to compile, and what it is called."""
-    from mhc.profile import ProfileError, profile_name, read_profile
-
-    source = request.profile or request.gpu
-    if source is None:
-        raise TuneError("--gpu is missing, wanted a GPU's profile name (h100, ...), cpu, or --profile with a path")
-    try:
-        profile = read_profile(source)
-    except ProfileError as e:
-        raise TuneError(f"{'--profile' if request.profile else '--gpu'} {e}") from None
-    where = profile.provenance
-    name = "cpu" if where.arch == "cpu" else profile_name(where.gpu)
-    if request.gpu is not None and request.gpu != name:
-        raise TuneError(f"--gpu {request.gpu}: {source} was tuned on {where.gpu}, wanted a profile of {request.gpu} or --gpu {name}")
-    return profile, source
 
 
 def _programs(profile: Any, names: Sequence[str], source: str) -> tuple[list[_Wanted], list[str]]:
@@ -181,34 +166,9 @@ def _programs(profile: Any, names: Sequence[str], source: str) -> tuple[list[_Wa
     return list(found.values()), notes
 
 
-def _compile(
-    programs: Sequence[_Wanted], arch: str, jobs: int, folder: Path, console: Console
-) -> tuple[list[dict[str, Any]], list[tuple[_Wanted, str]]]:
-    """Compile into ``folder``: the manifest's programs in the order of ``programs``, and what failed and why."""
-    built: dict[tuple[Any, ...], dict[str, Any]] = {}
-    failed: list[tuple[_Wanted, str]] = []
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with (
-        WorkerPool(jobs, env=COMPILE_ENV) as pool,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("", total=len(programs))
-        futures = {pool.submit(library_job, w.kernel, w.p, w.config, arch, timeout=COMPILE_TIMEOUT_S): w for w in programs}
-        for future in as_they_end(futures):
-            wanted = futures[future]
-            try:
-                library, dynamic = future.result()
-            except WorkerError as e:
-                failed.append((wanted, str(e)))
-                bar.console.print(f"failed: {wanted.label}", markup=False, soft_wrap=True)
-            else:
-                built[wanted.key] = _keep(wanted, library, dynamic, folder)
-            bar.update(task, advance=1, description=wanted.label)
-    return [built[w.key] for w in programs if w.key in built], failed
-
-
-def _keep(wanted: _Wanted, library: bytes, dynamic: list[tuple[int, int]], folder: Path) -> dict[str, Any]:
-    """Write a library and give its place in the manifest."""
+def _keep(wanted: _Wanted, compiled: tuple[bytes, list[tuple[int, int]]], folder: Path) -> dict[str, Any]:
+    """Write what :func:`library_job` gave and give its place in the manifest."""
+    library, dynamic = compiled
     digest = hashlib.sha256(library).hexdigest()
     # by content: a manifest never finds the library of an older bundle under the name of its own
     name = f"{wanted.kernel}-{digest[:16]}.so"
@@ -276,9 +236,11 @@ def toolchain(compiler: str) -> dict[str, str]:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse to replace what is no bundle."""
+    """Refuse to replace what is no bundle, and the folder that this process is in, which would have no name any more."""
     from mhc.bundle import MANIFEST
 
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise TuneError(f"--output {output}: is, or holds, the current folder, wanted a new folder, or a bundle to replace")
     if not output.is_dir():
         if output.exists() or output.is_symlink():
             raise TuneError(f"--output {output}: is no folder, wanted a new one, or a bundle to replace")

@@ -103,11 +103,15 @@ def json_text(report: Report, exit_code: int) -> str:
     return json.dumps(whole, indent=1) + "\n"
 
 
-def junit_text(report: Report) -> str:
-    """A test case a row: what fails the check is a failure, what did not compile or was not measured an error."""
+def junit_text(report: Report, exit_code: int) -> str:
+    """A test case a row: what fails the check is a failure, what did not compile or was not measured an error. One more, an error, for a
+    check that ended early and has no other.
+    """
     failing = sum(count for verdict, count in report.counts.items() if VERDICTS[verdict][1])
     errors = sum(report.counts.get(verdict, 0) for verdict in ERRORS)
-    attributes = {"tests": str(len(report.rows)), "failures": str(failing - errors), "errors": str(errors)}
+    cut_short = exit_code not in (0, 1) and not errors
+    tests = len(report.rows) + cut_short
+    attributes = {"tests": str(tests), "failures": str(failing - errors), "errors": str(errors + cut_short)}
     root = ET.Element("testsuites", attributes)
     suite = ET.SubElement(root, "testsuite", {"name": report.title, **attributes})
     for row in report.rows:
@@ -119,13 +123,18 @@ def junit_text(report: Report) -> str:
             ET.SubElement(case, tag, {"message": printable(text), "type": row.verdict}).text = text
         elif text:
             ET.SubElement(case, "system-out").text = f"{row.verdict}: {text}"
+    if cut_short:
+        case = ET.SubElement(suite, "testcase", {"classname": "check", "name": "the whole check"})
+        text = "\n".join(map(printable, report.notes))
+        ET.SubElement(case, "error", {"message": f"incomplete, exit code {exit_code}", "type": "incomplete"}).text = text
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def markdown_text(report: Report) -> str:
-    """Short enough for a comment: a table of what moved."""
-    failed = any(VERDICTS[verdict][1] for verdict in report.counts)
-    lines = [f"### {'Failed' if failed else 'Passed'}: {_cell(report.headline)}", ""]
+def markdown_text(report: Report, exit_code: int) -> str:
+    """Short enough for a comment: a table of what moved. It failed where something is slower, whatever else ended it early."""
+    failed = any(VERDICTS[verdict][1] and verdict not in ERRORS for verdict in report.counts)
+    outcome = "Passed" if exit_code == 0 else "Failed" if failed else "Incomplete"
+    lines = [f"### {outcome}: {_cell(report.headline)}", ""]
     if report.moved:
         lines += [f"| {report.what} | verdict | what changed |", "| --- | --- | --- |"]
         lines += [f"| {_cell(row.name)} | {row.verdict} | {'<br>'.join(map(_cell, row.findings))} |" for row in report.moved]
@@ -144,8 +153,8 @@ def _cell(text: str) -> str:
 
 def write_reports(report: Report, exit_code: int, json_path: Path | None, junit: Path | None, summary: Path | None) -> None:
     """Write those that have a path. Raises :class:`TuneError`."""
-    wanted = (("--json", json_path, json_text(report, exit_code)), ("--junit", junit, junit_text(report)))
-    for option, path, text in (*wanted, ("--summary", summary, markdown_text(report))):
+    wanted = (("--json", json_path, json_text(report, exit_code)), ("--junit", junit, junit_text(report, exit_code)))
+    for option, path, text in (*wanted, ("--summary", summary, markdown_text(report, exit_code))):
         if path is None:
             continue
         try:

@@ -53,7 +53,7 @@ EPILOG = """Examples:
 
   mhc-tune --storage postgresql://user@host/tuning  (a study that others join, with mhc-tune worker)
 
-  mhc-tune check --static  (without a GPU: do the tuned programs still compile to the same instructions?)
+  mhc-tune check --static --gpu h100  (without a GPU: do the tuned programs still compile to the same instructions?)
 
   mhc-tune compile --gpu h100 -o bundle  (ship compiled kernels; needs no GPU)
 

@@ -150,11 +150,7 @@ def lowered(kernel: Kernel, func: Any, cfg: Config, target: str) -> Any:
 
 def lowered_shared_bytes(kernel: Kernel, func: Any, cfg: Config, target: str) -> int:
     """Exact dynamic shared memory, from lowering without nvcc."""
-    return _device_shared_bytes(lowered(kernel, func, cfg, target))
-
-
-def _device_shared_bytes(artifact: Any) -> int:
-    return _device_shared(artifact.device_mod)
+    return _device_shared(lowered(kernel, func, cfg, target).device_mod)
 
 
 def _device_shared(device_mod: Any) -> int:

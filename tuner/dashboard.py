@@ -84,7 +84,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 def make_server(url: str, port: int) -> WSGIServer:
     """A server on 127.0.0.1, not yet serving; port 0 takes a free one. Raises :class:`TuneError` in one line, without a password."""
     if importlib.util.find_spec("optuna_dashboard") is None:
-        raise TuneError("dashboard: optuna-dashboard is not installed here; pip install 'mhc-kernels[dashboard]'")
+        raise TuneError("dashboard: optuna-dashboard is not installed here; pip install optuna-dashboard")
     check_there(url)
     try:
         server = _Server((HOST, port), _Quiet)

@@ -1,7 +1,7 @@
 """What the compiler made of a program, in the numbers that decide its speed; and the committed file of them, beside the profile.
 
 ``configs/h100.fingerprints.json`` holds one for every distinct program of ``configs/h100.yaml``, a line each, so that a change reads well
-in a pull request. Written by ``mhc-tune check --static --update``.
+in a pull request. Written by ``mhc-tune check --static --gpu h100 --update``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from mhc.schema import Strict
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner.compile_job import cached_shared_bytes, lowered_shared_bytes, refuse
 from tuner.cubin import cuda_images, read_cubin
@@ -26,11 +27,7 @@ Width = Annotated[str, Field(pattern=rf"^(1|2|4|8|16|32|{BULK})$")]
 Widths = dict[Width, Count]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Fingerprint(_Strict):
+class Fingerprint(Strict):
     """One compiled program. Instructions are counted in its text, see :class:`tuner.sass.Mix`; ``Widths``: bytes -> instructions."""
 
     registers: Annotated[Count, Field(description="a thread")]
@@ -53,7 +50,7 @@ class Fingerprint(_Strict):
     tilelang: str
 
 
-class Fingerprints(_Strict):
+class Fingerprints(Strict):
     """A file of them, by :func:`tuner.bench_compile.describe`."""
 
     schema_version: Literal[1] = 1
@@ -111,11 +108,11 @@ def fingerprints_path(profile: Path) -> Path:
     return profile.with_suffix(".fingerprints.json")
 
 
-def read_fingerprints(path: Path) -> Fingerprints:
-    """Raises :class:`TuneError` on one line that names the file and the field."""
-    found = read_model(Fingerprints, path, f"--fingerprints {path}", "mhc-tune check --static --update")
+def read_fingerprints(path: Path, writer: str = "mhc-tune check --static --gpu h100 --update") -> Fingerprints:
+    """``writer``: the command that writes them. Raises :class:`TuneError` on one line that names the file and the field."""
+    found = read_model(Fingerprints, path, f"--fingerprints {path}", writer)
     if found is None:
-        raise TuneError(f"--fingerprints {path}: no fingerprints to compare with; write them: mhc-tune check --static --update")
+        raise TuneError(f"--fingerprints {path}: no fingerprints to compare with; write them: {writer}")
     return found
 
 

@@ -109,9 +109,9 @@ def resolve(wanted: str) -> Hardware:
     if wanted == "auto":
         return gpu or _cpu()
     if gpu is None:
-        raise TuneError(f"--gpu {wanted}: {_why_no_gpu()}; run `mhc-tune --gpu cpu` here, or this command on a machine with that GPU")
+        raise TuneError(f"--gpu {wanted}: {_why_no_gpu()}; use --gpu cpu here, or run this on a machine with that GPU")
     if gpu.profile != wanted:
-        raise TuneError(f"--gpu {wanted}: found {gpu.name!r} ({gpu.profile}); run `mhc-tune --gpu {gpu.profile}` to tune this one")
+        raise TuneError(f"--gpu {wanted}: found {gpu.name!r} ({gpu.profile}); use --gpu {gpu.profile} for this one")
     return gpu
 
 

@@ -18,8 +18,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from mhc.schema import Strict
 from tuner.device_lock import hold
 from tuner.errors import TuneError
 from tuner.modelfile import read_model, write_model
@@ -33,11 +34,7 @@ Text = Annotated[str, Field(min_length=1)]
 Time = Annotated[float, Field(gt=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class Entry(_Strict):
+class Entry(Strict):
     """One kernel. ``date``, ``torch`` and ``clock_mhz`` (the SM clock, where it is known) are the last update's, for the reader."""
 
     band: Annotated[float, Field(ge=0)]
@@ -52,7 +49,7 @@ class Entry(_Strict):
         return [run for runs in self.runs_us for run in runs]
 
 
-class Baseline(_Strict):
+class Baseline(Strict):
     schema_version: Literal[1]
     device: Text
     kernels: dict[Text, Entry]

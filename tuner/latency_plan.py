@@ -176,10 +176,15 @@ def _device_and_profile(request: LatencyRequest) -> tuple[Hardware, Path]:
         hardware = resolve(CPU if arch == CPU else "auto")
     else:
         aim(request.gpu)
-        hardware = resolve(request.gpu)
+        try:
+            hardware = resolve(request.gpu)
+        except TuneError as e:
+            without = f"mhc-tune check --static --gpu {request.gpu.strip().lower()}"
+            raise TuneError(f"{e}; to compile and compare without it: {without}") from None
         path = packaged_dir() / f"{hardware.profile}.yaml"
     if hardware.is_cpu and request.gpu.strip().lower() != CPU and (request.profile is None or arch != CPU):
-        raise TuneError("check: there is no GPU here; to compile and compare without one: mhc-tune check --static (or time: --gpu cpu)")
+        without = "mhc-tune check --static --gpu h100"
+        raise TuneError(f"check: there is no GPU here; to compile and compare without one: {without} (or time: --gpu cpu)")
     return hardware, path
 
 

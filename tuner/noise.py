@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from mhc.schema import Date, Positive, Text
+from mhc.schema import Date, Positive, Strict, Text
 from tuner.modelfile import read_model, write_model
 from tuner.regression import Rule, judge, noise_band
 from tuner.timing import median
@@ -21,11 +21,7 @@ from tuner.timing import median
 ENOUGH_RUNS = 5
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Band(_Strict):
+class Band(Strict):
     """Of one entry: the share by which a run may differ from the usual one, the runs it was made of and their median in microseconds."""
 
     band: Annotated[float, Field(ge=0)]
@@ -33,7 +29,7 @@ class Band(_Strict):
     median_us: Positive
 
 
-class Noise(_Strict):
+class Noise(Strict):
     """A file of them, by the entry's name (:func:`tuner.latency_case.label`), and where, with what and when they were measured."""
 
     schema_version: Literal[1] = 1

@@ -27,6 +27,7 @@ This module is loaded by every pytest run where the package is installed. It imp
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -52,9 +53,12 @@ class _Placeholder:
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and 0 <= value < 1):
-        raise ValueError
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a share from 0 to below 1, such as 0.05")
     return value
 
 

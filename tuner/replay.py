@@ -28,11 +28,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mhc.files import replace_file
 from tl_kernels import KERNELS
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner.errors import TuneError
 from tuner.ledger import Ledger, Study, read_ledger
-from tuner.replay_plot import plot
+from tuner.replay_plot import QUARTER, plot
 from tuner.search import Search
 from tuner.task import Result, Task, config_key
 from tuner.waiting import as_they_end
@@ -40,8 +41,6 @@ from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool
 from tuner.writer import check_writable
 
 COLD, SEEDED = "cold", "seeded"
-#: The share of a space at most that the default sampler may need (issue 4); a line in the chart.
-QUARTER = 0.25
 
 
 @dataclass(frozen=True)
@@ -300,8 +299,11 @@ def run_replay(request: ReplayRequest) -> int:
             answers[job] = trials
             progress.advance(bar)
     result = make_result(ledger, request, answers)
-    files["replay.json"].write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, files["replay.png"])
-    console.print(result_table(result))
+    console.print(result_table(result))  # first: the disk may be full
+    try:
+        replace_file(files["replay.json"], json.dumps(result, indent=1) + "\n")
+        plot(result, files["replay.png"])
+    except OSError as e:
+        raise TuneError(f"--out {request.out}: cannot be written: {e.strerror or e}") from None
     console.print(f"{len(jobs)} replays; written: {', '.join(map(str, files.values()))}", markup=False, soft_wrap=True)
     return 0

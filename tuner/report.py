@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,14 @@ from tl_kernels import KERNELS
 from tuner import report_plots as plots
 from tuner import report_tables as tables
 from tuner.bench_case import PASSES
-from tuner.bench_report import TITLES, readme_table
+from tuner.bench_report import TITLES, by_name, readme_table
 from tuner.errors import TuneError
 from tuner.report_flops import flops
-from tuner.report_history import OURS, RIVAL, history, last_commit, times_of
+from tuner.report_history import OURS, RIVAL, changed_files, history, last_commit, times_of
 from tuner.report_read import Bench, Device, File, ShapeResult, read_devices
 from tuner.report_svg import draw
 from tuner.report_tables import Table
+from tuner.startup_report import unfinished
 from tuner.writer import check_writable, git_commit
 
 if TYPE_CHECKING:
@@ -106,7 +107,9 @@ def run_report(request: ReportRequest) -> int:
 
 
 def readme(devices: list[Device]) -> str:
-    """The README's tables, Markdown: boundaries against rivals, and small token counts. Raises :class:`TuneError` where there are none."""
+    """Small tables for a README, Markdown: boundaries against rivals, and small token counts. Raises :class:`TuneError` where there are
+    none.
+    """
     parts = []
     for device in devices:
         if device.bench is not None:
@@ -186,11 +189,14 @@ INTERRUPTED = "interrupted: not everything was measured"
 
 def sections(name: str, device: Device) -> list[Section]:
     """All that is known of a device, in the order of the page; ``name``: a word to begin anchors with."""
+    empty = tuple(f"{_name(path, device)} holds no shape: its run ended before anything was measured" for path in device.empty)
     found = [_boundaries(f"{name}-{i}-boundary", runs, device.bench) for i, runs in enumerate(_by_shape(device))]
     if not found:
         found = [Section(f"{name}-boundary", "Boundaries against rivals", missing=("no bench.json; measure with: mhc-tune bench",))]
+    first, *others = found
     return [
-        *found,
+        replace(first, missing=(*first.missing, *empty)),
+        *others,
         _roofline(f"{name}-roofline", device),
         _tuned(f"{name}-tuned", device),
         _tokens(f"{name}-tokens", device),
@@ -207,13 +213,13 @@ def _shapes(file: File[Bench] | None) -> list[tuple[int, ShapeResult]]:
 
 
 def _by_shape(device: Device) -> list[list[Run]]:
-    """The runs at each shape, that of bench.json first, then the newest; shapes of bench.json first."""
+    """The runs at each shape and dtype, that of bench.json first, then the newest; shapes of bench.json first."""
     others = sorted(device.more, key=lambda file: file.data.date, reverse=True)
     files = [file for file in (device.bench, *others) if file is not None]
-    found: dict[str, list[Run]] = {}
+    found: dict[tuple[str, str], list[Run]] = {}
     for file in files:
         for entry in file.data.shapes:
-            found.setdefault(entry.shape, []).append((file, entry))
+            found.setdefault((entry.shape, entry.dtype), []).append((file, entry))
     return list(found.values())
 
 
@@ -240,10 +246,11 @@ def _boundaries(name: str, runs: list[Run], main: File[Bench] | None) -> Section
         svg = draw(name, "Boundaries against rivals", alt, lambda width: plots.boundaries(entry, bench.kind, width))
         charts = (Chart("Shorter is better. Blue: this project; grey: rivals; dashed: the floor.", svg),)
     table = tables.headline(entry, bench.kind)
-    title = f"Boundaries against rivals, {entry.shape}"
+    what = f"{entry.shape}, {entry.dtype}"
+    title = f"Boundaries against rivals, {what}"
     brief = ""
     if file is not main:
-        title, brief = f"{title}, run of {bench.date}", entry.shape
+        title, brief = f"{title}, run of {bench.date}", what
     older = tuple(
         (f"run of {was.data.date}" + ("" if was.data.complete else f", {INTERRUPTED}"), tables.headline(its, was.data.kind))
         for was, its in runs[1:]
@@ -301,7 +308,7 @@ def _roofline(name: str, device: Device) -> Section:
         "written once. "
     )
     if shape is not None:
-        intro += f"Benchmarked at {shape.shape}; filled: what ships, hollow: the default, where that is another program."
+        intro += f"Benchmarked at {shape.shape}; filled: what shipped then, hollow: the default, where that is another program."
         intro += " *: not in the benchmark, from its largest tuned entry." if any(p.name.endswith("*") for p in points) else ""
     else:
         intro += "From the profile, each kernel at its entry with the most bytes."
@@ -335,7 +342,9 @@ def _tuned(name: str, device: Device) -> Section:
 
 
 def _decoded(device: Device) -> list[tuple[ShapeResult, Bench]]:
-    files = [f for f in (device.decode, device.bench) if f is not None]
+    """Every run of small token counts, the newest first."""
+    files = [f for f in (device.decode, device.bench, *device.more) if f is not None]
+    files.sort(key=lambda file: file.data.date, reverse=True)
     return [(entry, f.data) for f in files for entry in f.data.shapes if entry.decode]
 
 
@@ -346,13 +355,14 @@ def _tokens(name: str, device: Device) -> Section:
         return Section(name, title, missing=("not measured; measure with: mhc-tune bench --tokens 1,16,64",))
     charts, shown = [], []
     for i, (entry, bench) in enumerate(found):
-        rows = tables.by_name(entry.decode)
+        rows = by_name(row.model_dump() for row in entry.decode)
         depth = max(row.layers for row in entry.decode)
         how = "graph replay / eager calls" if bench.graph else "wall clock"
-        about = f"n × C = {entry.n} × {entry.C}, stack of {depth}, run of {bench.date}"
+        about = f"n × C = {entry.n} × {entry.C}, {entry.dtype}, stack of {depth}, run of {bench.date}"
         if any(f"forward_{bench.kind}" in row.times for row in entry.decode):
             lines = [
-                f"{label}: " + ", ".join(f"T={r.T} {r.times[key].us:.1f}" for r in mine if (key := f"forward_{bench.kind}") in r.times)
+                f"{label}: "
+                + ", ".join(f"T={r['T']} {r['times'][key]['us']:.1f}" for r in mine if (key := f"forward_{bench.kind}") in r["times"])
                 for label, mine in rows.items()
             ]
             alt = f"Microseconds of a forward over tokens. {'; '.join(lines)}."
@@ -399,7 +409,7 @@ def _kernels(name: str, device: Device) -> Section:
     missing = () if shown or folded else ("no kernel was measured",)
     intro = (
         "Verdict and entry are the profile's, at the nearest T: fresh entries were tuned for the sources of this checkout, stale ones for "
-        "others and are not used."
+        "others and are not used. Another configuration: the entry's is not the one that was timed here, so nothing is said of it."
     )
     return Section(name, title, intro if shown or folded else "", tables=tuple(shown), folded=tuple(folded), missing=missing)
 
@@ -428,7 +438,8 @@ def _startup(name: str, device: Device) -> Section:
         f"{found.n} × {found.C}, {found.dtype} ({found.date}); medians. Cold: nothing was ever compiled here; cached: a second start; "
         "bundle: compiled elsewhere, no compiler on PATH."
     )
-    return Section(name, title, intro, tables=(("", tables.started(found)),))
+    lacks = unfinished(found.model_dump())
+    return Section(name, title, intro, tables=(("", tables.started(found)),), missing=(lacks,) if lacks else ())
 
 
 def _searches(name: str, device: Device) -> Section:
@@ -466,9 +477,14 @@ def relative_link(path: Path, page: Path) -> str:
 def sources(device: Device, page: Path) -> list[Source]:
     """The files that the page is made of, then the others of the folder."""
     found: dict[Path, Source] = {}
+    changed = changed_files(device.folder)
+    if device.profile_path is not None:
+        changed |= changed_files(device.profile_path.parent)
 
     def add(path: Path, what: str, date: str, command: str) -> None:
-        found[path] = Source(relative_link(path, page), _name(path, device), what, date, last_commit(path) or "not committed", command)
+        found[path] = Source(
+            relative_link(path, page), _name(path, device), what, date, last_commit(path, changed) or "not committed", command
+        )
 
     more = [(file, "boundaries of another run") for file in device.more]
     for file, what in ((device.bench, "boundaries, rivals, kernels"), (device.decode, "small token counts"), *more):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,23 @@ def _git(folder: Path, *args: str) -> str:
     return done.stdout.decode("utf-8", "backslashreplace")
 
 
-def last_commit(path: Path) -> str | None:
-    """The short hash of the commit that last changed a file, with ``+`` where it was changed since; None outside a checkout."""
+def changed_files(folder: Path) -> frozenset[Path]:
+    """The files below a folder that are not as they were committed; none outside a checkout."""
+    try:
+        said = _git(folder, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=no", "--", ".")
+        top = _git(folder, "rev-parse", "--show-toplevel").rstrip("\n")
+    except (OSError, subprocess.SubprocessError):
+        return frozenset()
+    return frozenset(Path(top, line[3:]) for line in said.split("\0") if line)
+
+
+def last_commit(path: Path, changed: Container[Path]) -> str | None:
+    """The short hash of the commit that last changed a file, with ``+`` where it is among the ``changed``; None outside a checkout."""
     try:
         commit = _git(path.parent, "log", "-1", "--format=%h", "--", f"./{path.name}").strip()
-        changed = _git(path.parent, "status", "--porcelain", "--", f"./{path.name}").strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changed else "") if commit else None
+    return commit + ("+" if path.resolve() in changed else "") if commit else None
 
 
 def times_of(shape: ShapeResult, kind: str) -> dict[tuple[str, str], float]:
@@ -108,18 +118,20 @@ def history(path: Path, wanted: ShapeResult, now: Bench | None = None) -> Histor
 
     Never raises: a version that is malformed is named, no checkout is said.
     """
-    commits: list[tuple[str, str, str, str]] = []
+    commits: list[tuple[int, str, str, str, str]] = []
     try:
         for name in (path.name, OLD_NAME):
-            log = _git(path.parent, "log", f"-{MOST_COMMITS}", "--format=%H%x09%h%x09%cI%x09%s", "--diff-filter=AM", "--", f"./{name}")
+            log = _git(
+                path.parent, "log", f"-{MOST_COMMITS}", "--format=%ct%x09%H%x09%h%x09%cI%x09%s", "--diff-filter=AM", "--", f"./{name}"
+            )
             for line in reversed(log.splitlines()):  # of commits of one second, too, the oldest first
-                sha, short, date, subject = line.split("\t", 3)
-                commits.append((f"{sha}:./{name}", short, date, subject))
+                seconds, sha, short, date, subject = line.split("\t", 4)
+                commits.append((int(seconds), f"{sha}:./{name}", short, date, subject))
     except (OSError, ValueError, subprocess.SubprocessError):
         return History(why_not="not run inside a git checkout, or git is not installed")
     points: dict[str, Point] = {}
     skipped: list[str] = []
-    for blob, short, date, subject in sorted(commits, key=lambda c: c[2]):
+    for _, blob, short, date, subject in sorted(commits, key=lambda c: c[0]):  # dates of several time zones do not sort as text
         try:
             point = read_point(_git(path.parent, "show", blob), f"{short}:{blob.split('./', 1)[1]}", wanted, (short, date, subject))
         except (TuneError, OSError, subprocess.SubprocessError) as e:

@@ -12,7 +12,7 @@ from typing import Any
 from tuner.bench_case import PASSES
 from tuner.bench_report import TITLES
 from tuner.report_history import CHAINED, FLOOR, OURS, RIVAL, Point
-from tuner.report_read import DecodeRow, Replay, ShapeResult
+from tuner.report_read import Replay, ShapeResult
 from tuner.report_svg import COLORS, FONT_PX, label, new_figure
 
 NARROW_BELOW = 600
@@ -254,15 +254,15 @@ def _gain_panel(axis: Any, rows: Sequence[Gain], lines: int, narrow: bool) -> No
 _MARKS = (("ours", "o"), ("good", "s"), ("floor", "^"), ("second", "D"), ("other", "v"), ("third", "P"), ("rival", "X"))
 
 
-def tokens(rows: dict[str, list[DecodeRow]], kind: str, width: float) -> Any:
-    """us of a forward over the number of tokens, both logarithmic, a line an implementation."""
+def tokens(rows: dict[str, list[dict[str, Any]]], kind: str, width: float) -> Any:
+    """us of a forward over the number of tokens, both logarithmic, a line an implementation (:func:`tuner.bench_report.by_name`)."""
     figure = new_figure(width, 330 + (18 * len(rows) if width < NARROW_BELOW else 0))
     axis = figure.subplots()
-    every = sorted({r.T for mine in rows.values() for r in mine})
-    times = [r.times[f"forward_{kind}"].us for mine in rows.values() for r in mine if f"forward_{kind}" in r.times]
+    every = sorted({r["T"] for mine in rows.values() for r in mine})
+    times = [r["times"][f"forward_{kind}"]["us"] for mine in rows.values() for r in mine if f"forward_{kind}" in r["times"]]
     for i, (name, mine) in enumerate(rows.items()):
         color, mark = _MARKS[i % len(_MARKS)]
-        timed = sorted((r.T, r.times[f"forward_{kind}"].us) for r in mine if f"forward_{kind}" in r.times)
+        timed = sorted((r["T"], r["times"][f"forward_{kind}"]["us"]) for r in mine if f"forward_{kind}" in r["times"])
         if timed:
             axis.plot(*zip(*timed, strict=True), marker=mark, color=COLORS[color], label=label(name), markersize=6)
     axis.set_xscale("log")

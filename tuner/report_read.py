@@ -94,6 +94,7 @@ class KernelRow(_Read):
 
     kernel: str
     program: str = "profile"
+    config: dict[str, Any] | None = None
     bytes: Count
     failure: str | None = None
     us: Above0 | None = None
@@ -118,8 +119,6 @@ class ShapeResult(_Read):
     dtype: Dtype = "bfloat16"
     copy_gbps: Above0
     floor_us: ByPass
-    floor_units: dict[str, From0] = {}
-    rounds: Count | None = None
     rows: list[Row]
     decode: list[DecodeRow] = []
     kernels: list[KernelRow] = []
@@ -147,11 +146,10 @@ class Bench(_Read):
     rival_versions: dict[str, dict[str, str | None]] = {}
     command: str
     date: str
-    commit: str | None = None
     method: str
     dtype: str
     missing: dict[str, Any] | list[Any] = {}
-    shapes: Annotated[list[ShapeResult], Field(min_length=1)]
+    shapes: list[ShapeResult]
 
     @property
     def graph(self) -> bool:
@@ -198,8 +196,6 @@ class ReplayRow(_Read):
     seeds: Count
     reached: Count
     within_quarter: Count
-    median_trials: From0 | None
-    p90_trials: From0 | None
     median_share: From0 | None
     p90_share: From0 | None
 
@@ -253,7 +249,7 @@ class Check(_Read):
     title: str
     mode: str = "static"
     date: str = "not recorded"
-    command: str = "mhc-tune check --json"
+    command: str = "not recorded"
     runs: Count = 0
     false_alarms: FalseAlarms | None = None
     exit_code: int
@@ -272,6 +268,7 @@ class Moments(_Read):
 
 
 class StartRow(_Read):
+    rival: str = ""
     label: str
     setup: str
     samples: list[Moments]
@@ -279,8 +276,9 @@ class StartRow(_Read):
 
 
 class Startup(_Read):
-    """A startup.json (tuner/startup.py)."""
+    """A startup.json (tuner/startup.py); ``complete``: None in older files, which do not say."""
 
+    complete: bool | None = None
     command: str
     date: str
     T: Count
@@ -295,11 +293,10 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass(frozen=True)
 class File(Generic[M]):
-    """A file that was read: ``data`` is checked, ``raw`` is all of it."""
+    """A file that was read, and checked."""
 
     path: Path
     data: M
-    raw: Any
 
 
 def parse(model: type[M], text: str, path: str | Path) -> File[M]:
@@ -309,7 +306,7 @@ def parse(model: type[M], text: str, path: str | Path) -> File[M]:
     except (ValueError, RecursionError) as e:
         raise TuneError(f"{path}: is no JSON: {one_line(e)}") from None
     try:
-        return File(Path(path), model.model_validate(raw), raw)
+        return File(Path(path), model.model_validate(raw))
     except ValidationError as e:
         raise TuneError(f"{path}: {first_complaint(e)}") from None
 
@@ -355,6 +352,8 @@ class Device:
     replay: File[Replay] | None = None
     checks: tuple[File[Check], ...] = ()
     startup: File[Startup] | None = None
+    #: Results of runs that ended before anything was measured.
+    empty: tuple[Path, ...] = ()
     profile: Profile | None = None
     profile_path: Path | None = None
     #: Every file of the folder, for the links.
@@ -376,13 +375,16 @@ def read_device(name: str, folder: Path, profile_path: Path | None) -> Device:
             profile = read_profile(profile_path)
         except ProfileError as e:
             raise TuneError(f"--profiles: {e}") from None
-    others = (path for path in sorted(folder.glob("*/bench.json")) if path.parent.name != "decode")
+    main, decode = folder / "bench.json", folder / "decode" / "bench.json"
+    benches = {path: run for path in (main, *sorted(folder.glob("*/bench.json"))) if (run := read(Bench, path)) is not None}
+    runs = {path: run for path, run in benches.items() if run.data.shapes}
     return Device(
         name=name,
         folder=folder,
-        bench=read(Bench, folder / "bench.json"),
-        decode=read(Bench, folder / "decode" / "bench.json"),
-        more=tuple(run for path in others if (run := read(Bench, path)) is not None),
+        bench=runs.get(main),
+        decode=runs.get(decode),
+        more=tuple(run for path, run in runs.items() if path not in (main, decode)),
+        empty=tuple(path for path in benches if path not in runs),
         tunes={path: read_tunes(path) for path in sorted(folder.glob("tune*.json"))},
         replay=read(Replay, folder / "replay.json"),
         checks=tuple(found for path in sorted(folder.glob("check*.json")) if (found := read(Check, path)) is not None),
@@ -406,7 +408,7 @@ def read_devices(results: Path, profiles: Path) -> list[Device]:
         raise TuneError(f"--profiles {profiles}: is no folder, wanted one with a <gpu>.yaml a GPU")
     found = {p.stem: p for p in sorted(profiles.glob("*.yaml")) if p.stem != WORKLOADS}
     devices = [read_device(name, folders.get(name, results / name), found.get(name)) for name in sorted({*folders, *found})]
-    devices = [d for d in devices if d.bench or d.decode or d.more or d.tunes or d.replay or d.checks or d.startup or d.profile]
+    devices = [d for d in devices if d.bench or d.decode or d.more or d.tunes or d.replay or d.checks or d.startup or d.empty or d.profile]
     if not devices:
         raise TuneError(f"--results {results}, --profiles {profiles}: nothing to report, wanted <gpu>/bench.json or <gpu>.yaml")
     return sorted(map(_with_files, devices), key=lambda d: (d.bench is None, d.decode is None, d.profile is None, d.name))

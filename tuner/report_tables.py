@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mhc.schema import Entry, Profile
 from mhc.yamlfile import printable
 from tl_kernels import KERNELS
+from tuner import bench_report
 from tuner.bench_case import PASSES
-from tuner.bench_report import TITLES
+from tuner.bench_report import TITLES, by_name, remarks, share_text
 from tuner.check_report import VERDICTS
 from tuner.display import gain_text, microseconds, percent
 from tuner.report_history import SERIES, History
 from tuner.report_plots import Gain
-from tuner.report_read import Bench, Check, DecodeRow, Device, KernelRow, Replay, Row, ShapeResult, Startup, Time, Tune
+from tuner.report_read import Bench, Check, DecodeRow, Device, KernelRow, Replay, ShapeResult, Startup, Time, Tune
 from tuner.startup_report import FIGURES, cells
 
 FRESH, STALE, UNKNOWN = "fresh", "stale", "not in this checkout"
@@ -52,7 +53,7 @@ def interval(time: Time) -> str:
 
 
 def share(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.0%}" if value >= 0.095 else f"{value:.1%}"
+    return NOTHING if value is None else share_text(value)
 
 
 def source_state(kernel: str, source_hash: str) -> str:
@@ -85,44 +86,16 @@ def headline(entry: ShapeResult, kind: str) -> Table:
             eager = " / ".join(f"{t.us:.0f}" if (t := row.times.get(f"{p}_eager")) else NOTHING for p in PASSES)
             peak = NOTHING if row.peak_mib is None else f"{row.peak_mib:.0f}"
             rows.append(_row(row.name, *cells, eager, peak, mark="ours" if row.rival == "ours" else ""))
-    notes = [f"{row.name}: {text}" for row in entry.rows for text in _remarks(row)]
+    notes = [f"{row.name}: {text}" for row in entry.rows for text in [row.note, *remarks(row.model_dump(), only_bad=True)] if text]
     return Table([*head, "eager, us", "peak MiB"], rows, 1, notes)
-
-
-def _remarks(row: Row) -> list[str]:
-    remarks = [row.note] if row.note else []
-    if row.errors and not row.agrees:
-        worst = max(row.errors, key=row.errors.__getitem__)
-        remarks.append(f"DIFFERS from float64: relative error {row.errors[worst]:.1e} in {worst}")
-    return remarks + [f"failed: {failure}" for failure in row.failures]
-
-
-def by_name(rows: Iterable[DecodeRow]) -> dict[str, list[DecodeRow]]:
-    """The measurements of each implementation."""
-    found: dict[str, list[DecodeRow]] = {}
-    for row in rows:
-        found.setdefault(row.label + (", chained" if row.chained else ""), []).append(row)
-    return found
 
 
 def small_tokens(rows: Sequence[DecodeRow], graph: bool) -> Table:
     """us of a forward, by implementation and T."""
-    every = sorted({row.T for row in rows})
-    kinds = ("graph", "eager") if graph else ("eager",)
-    cells, notes = [], []
-    for name, mine in by_name(rows).items():
-        by_T = {row.T: row for row in mine}
-        texts = []
-        for T in every:
-            times = by_T[T].times if T in by_T else {}
-            texts.append(" / ".join(f"{times[key].us:.1f}" if (key := f"forward_{kind}") in times else NOTHING for kind in kinds))
-        host: dict[str, float] = next((row.host_us for row in mine if row.host_us), {})
-        texts.append(" / ".join(f"{host[k]:.0f}" if k in host else NOTHING for k in ("forward", "record", "forward_backward")))
-        cells.append(_row(name, *texts, mark="ours" if mine[0].rival == "ours" else ""))
-        failures = dict.fromkeys(failure for row in mine for failure in row.failures)
-        notes += [f"{name}: failed: {failure}" for failure in failures]
-        notes += [f"{name}, T = {row.T}: DIFFERS from float64" for row in mine if row.errors and not row.agrees]
-    return Table(["implementation", *(f"T = {T}" for T in every), "host us"], cells, 1, notes)
+    found = [row.model_dump() for row in rows]
+    ours = {name for name, mine in by_name(found).items() if mine[0]["rival"] == "ours"}
+    head, lines, wrong = bench_report.small_tokens(found, graph, NOTHING)
+    return Table(head, [_row(*line, mark="ours" if line[0] in ours else "") for line in lines], 1, wrong)
 
 
 def entry_for(profile: Profile | None, kernel: str, shape: ShapeResult) -> Entry | None:
@@ -134,14 +107,17 @@ def entry_for(profile: Profile | None, kernel: str, shape: ShapeResult) -> Entry
 
 
 def kernels(shape: ShapeResult, profile: Profile | None) -> Table:
-    """Every program as benchmarked, with what the profile says of it."""
+    """Every program as benchmarked, with what the profile says of it, if it says it of this configuration."""
     head = ["kernel", "program", "us (95%)", "GB/s", "of copy", "verdict", "entry", "MB"]
     head += ["registers", "stack B", "shared KiB", "blocks/SM", "occupancy", "T × n × C"]
     rows = []
     for k in shape.kernels:
         entry = entry_for(profile, k.kernel, shape)
-        state = "none" if entry is None else source_state(k.kernel, entry.source_hash)
-        said = [Cell(NOTHING if entry is None else entry.verdict), Cell(state, "stale" if state in (STALE, UNKNOWN) else "")]
+        if entry is not None and k.config is not None and k.config != entry.config:
+            said = _row(NOTHING, "another configuration")
+        else:
+            state = "none" if entry is None else source_state(k.kernel, entry.source_hash)
+            said = [Cell(NOTHING if entry is None else entry.verdict), Cell(state, "stale" if state in (STALE, UNKNOWN) else "")]
         known = _row(f"{k.bytes / 1e6:.2f}", *_taken(k), shape.shape)
         rows.append([*_row(k.kernel, k.program, *_measured(k)), *said, *known])
     return Table(head, rows, 2, [f"{k.kernel}, {k.program}: failed: {k.failure}" for k in shape.kernels if k.failure])

@@ -79,12 +79,14 @@ def profile_path(profile: str) -> Path:
     return Path(profile) if os.sep in profile or profile.endswith((".yaml", ".yml")) else packaged_dir() / f"{profile}.yaml"
 
 
-def find_profile(gpu: str, profile: str | None) -> tuple[str, Path]:
-    """The name and file of the GPU profile to check: the one named, this machine's GPU's, or the only one of a GPU that is packaged."""
+def find_profile(gpu: str, profile: str | None, cpu: bool = False) -> tuple[str, Path]:
+    """The name and file of the GPU profile to check: the one named, this machine's GPU's, or the only one of a GPU that is packaged.
+    ``cpu``: that of a CPU may be named too.
+    """
     if profile is not None:
         check_one_profile(gpu, profile)
         return profile, profile_path(profile)
-    names = [name for name in packaged_names() if name != CPU]
+    names = [name for name in packaged_names() if cpu or name != CPU]
     wanted = gpu.strip().lower()
     if wanted == "auto":
         from tuner.hardware import resolve

@@ -7,7 +7,7 @@ forward + backward twice. Three ways to start:
 * ``cached``: the same once more, with the caches that the cold start filled;
 * ``bundle`` (ours, with ``--bundle``): empty caches again, programs from the bundle, and no compiler on PATH.
 
-Starts of different implementations take turns. Writes startup.json and startup.md.
+Starts of different implementations take turns. Writes startup.json and startup.md; ``complete`` says whether nothing interrupted it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tuner.bench_display import BenchDisplay
 from tuner.bench_remote import find_env, parse_envs, python_command
 from tuner.bench_rivals import check_rivals, rival, rival_names
 from tuner.child_python import module_arguments
-from tuner.errors import INTERRUPTED, TuneError, unknown
+from tuner.errors import INTERRUPTED, TuneError, one_line, unknown
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
 from tuner.startup_report import markdown
@@ -84,6 +84,7 @@ def run_startup(request: StartupRequest) -> int:
     hardware, shape, rivals, envs, out = _plan(request)
     result: dict[str, Any] = {
         "schema": 1,
+        "complete": False,
         "hardware": asdict(hardware),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "command": request.command,
@@ -102,10 +103,11 @@ def run_startup(request: StartupRequest) -> int:
                 for start, seconds, failure in _starts(rivals, request, hardware.device, shape, envs):
                     _store(result, start, seconds, failure)
                     display.tick(f"{start.rival}, {start.setup}")
+        result["complete"] = True
     except KeyboardInterrupt:
         code = INTERRUPTED
+    print(markdown(result), end="")  # first: the disk may be full
     _write(result, out)
-    print(markdown(result), end="")
     return code or (1 if any(row["rival"] == "ours" and row["failure"] for row in result["rows"]) else 0)
 
 
@@ -116,7 +118,7 @@ def _plan(request: StartupRequest) -> tuple[Hardware, Shape, list[str], dict[str
     check_rivals((*wanted, *envs), known)
     if request.dtype not in TOLERANCE:
         raise unknown("dtype", request.dtype, TOLERANCE)
-    shape = None if request.shape is None else Shape.parse(request.shape, "--shape")
+    shape = None if request.shape is None else Shape.parse(request.shape, "--shape", narrow=False)
     if request.bundle is not None:
         from mhc.bundle import Bundle, BundleError
 
@@ -128,6 +130,8 @@ def _plan(request: StartupRequest) -> tuple[Hardware, Shape, list[str], dict[str
     out = request.out or Path("results") / hardware.profile
     # installed or not: one that is not says so when it is started
     rivals = [name for name in known if name in wanted] if wanted else ["ours"]
+    if request.bundle is not None and "ours" not in rivals:
+        raise TuneError(f"--bundle: starts ours, which is not among --rivals {request.rivals}")
     return hardware, shape or Shape.parse(SHAPES[hardware.device]), rivals, envs, out
 
 
@@ -164,6 +168,8 @@ def _start(arguments: list[str], env: Path | None, folder: Path, more: Mapping[s
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         return None, f"took more than {LIMIT_S:.0f} s"
+    except OSError as e:  # its environment's interpreter is none
+        return None, one_line(e)
     try:
         said = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):

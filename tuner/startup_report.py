@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ FIGURES = ("torch imported", "ready", "first step ended", "beyond torch", "secon
 
 def markdown(result: dict[str, Any]) -> str:
     """The table, one line a way to start."""
+    missing = unfinished(result)
     lines = [
         f"# From the start of a script to the end of its first step, {result['hardware']['name']}",
         "",
@@ -23,6 +25,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Seconds since the process was started, medians (least to most). Cold: every compiler's cache is empty; cached: filled by the cold "
         "start; bundle: empty caches, programs compiled elsewhere, no compiler on PATH. Beyond torch: first step less the import of torch.",
         "",
+        *([f"**{missing}.**", ""] if missing else []),
         f"| implementation | start | {' | '.join(FIGURES)} | starts |",
         f"| --- | --- |{' ---: |' * (len(FIGURES) + 1)}",
     ]
@@ -31,6 +34,16 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(texts)} |")
     lines += [f"\n- {row['label']}, {row['setup']}: {row['failure']}" for row in result["rows"] if row["failure"]]
     return "\n".join(lines) + "\n"
+
+
+def unfinished(result: Mapping[str, Any]) -> str | None:
+    """What a run that ended early lacks, a sentence; of an older file, which does not say so, whether a rival of its command has no row."""
+    if result.get("complete") is not None:
+        return None if result["complete"] else "Interrupted: not everything was measured"
+    asked = re.search(r"--rivals[ =]([\w,-]+)", result["command"])
+    there = {row["rival"] for row in result["rows"]}
+    missing = [name for name in asked[1].split(",") if name.replace("-", "_") not in there] if asked else []
+    return f"Not all of what the command asked for: no start of {', '.join(missing)}" if missing else None
 
 
 def cells(samples: Sequence[Mapping[str, float]]) -> list[str]:

@@ -11,8 +11,10 @@ about to change the compiler that ships.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class StaticRequest:
     json: Path | None = None
     junit: Path | None = None
     summary: Path | None = None
+    command: str = "mhc-tune check --static"
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,18 @@ def static_check(request: StaticRequest, console: Console | None = None) -> int:
     if arch == "cpu":
         raise TuneError(f"{path}: got a profile of a CPU, wanted one of a GPU: g++'s programs have no fingerprint")
     file = request.fingerprints or fingerprints_path(path)
-    committed = _committed(file, arch, request.update)
+    accept = f"mhc-tune check --static {'--gpu' if request.profile is None else '--profile'} {shlex.quote(name)} --update"
+    committed = _committed(file, arch, request.update, accept)
     programs = programs_of(profile, request)
     find_compiler(Hardware(profile=name, name=profile.provenance.gpu, arch=arch))
     find_nvdisasm()
     compiled = _compile(programs, arch, request.jobs, console)
-    rows = [_row(program, committed.programs.get(program.name), compiled[program.name], arch, request.strict) for program in programs]
-    report = Report(f"{path.stem}, {arch}", tuple(rows), _notes(programs, committed, compiled, request))
+    rows = [_row(program, committed.programs.get(program.name), compiled[program.name], arch, request) for program in programs]
+    data = {"mode": "static", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": request.command}
+    report = Report(f"{path.stem}, {arch}", tuple(rows), _notes(programs, committed, compiled, request, accept), data=data)
     verdicts = report.counts
     failed = "regressed" in verdicts or "uncovered" in verdicts
-    code = NOT_COMPILED if "not compiled" in verdicts else SAME
-    code = REGRESSED if failed and not request.update else code
+    code = REGRESSED if failed else NOT_COMPILED if "not compiled" in verdicts else SAME
     print_report(report, console)
     if request.update:
         fresh = {program: found for program, (found, _) in compiled.items() if isinstance(found, Fingerprint)}
@@ -117,10 +121,11 @@ def static_check(request: StaticRequest, console: Console | None = None) -> int:
     return code
 
 
-def _committed(file: Path, arch: str, update: bool) -> Fingerprints:
+def _committed(file: Path, arch: str, update: bool, accept: str) -> Fingerprints:
+    """Those to compare with; ``accept``: the command that writes them."""
     if update and not file.exists():
         return Fingerprints(arch=arch, programs={})
-    committed = read_fingerprints(file)
+    committed = read_fingerprints(file, accept)
     if committed.arch != arch:
         raise TuneError(f"--fingerprints {file}: got fingerprints of {committed.arch}, wanted those of the profile's {arch}")
     return committed
@@ -142,24 +147,29 @@ def _compile(programs: Sequence[Program], arch: str, jobs: int | None, console: 
     return found
 
 
-def _row(program: Program, was: Fingerprint | None, compiled: tuple[Fingerprint | str, float], arch: str, strict: bool) -> Row:
+def _row(program: Program, was: Fingerprint | None, compiled: tuple[Fingerprint | str, float], arch: str, request: StaticRequest) -> Row:
+    """With ``--update`` nothing has regressed: what is now is what is wanted."""
     now, seconds = compiled
     if isinstance(now, str):
         return Row(program.kernel.name, program.name, "not compiled", (now,), {"was": was and was.model_dump(), "now": None}, seconds)
     data = {"was": was and was.model_dump(), "now": now.model_dump()}
     if was is None:
-        why = "no committed fingerprint: mhc-tune check --static --update writes it"
-        return Row(program.kernel.name, program.name, "uncovered", (why,), data, seconds)
+        verdict = "noted" if request.update else "uncovered"
+        return Row(program.kernel.name, program.name, verdict, ("no committed fingerprint",), data, seconds)
     findings = compare(was, now, arch)
-    verdict: str = findings[0].level if findings else "same"
+    verdict = findings[0].level if findings else "same"
     texts = [finding.text for finding in findings]
     if findings and was.nvcc != now.nvcc:
         texts.append(f"by nvcc {now.nvcc}, committed by {was.nvcc}")
-        verdict = "warned" if verdict == "regressed" and not strict and was.tilelang == now.tilelang else verdict
+        verdict = "warned" if verdict == "regressed" and not request.strict and was.tilelang == now.tilelang else verdict
+    if verdict == "regressed" and request.update:
+        verdict = "noted"
     return Row(program.kernel.name, program.name, verdict, tuple(texts), data, seconds)
 
 
-def _notes(programs: Sequence[Program], committed: Fingerprints, compiled: Compiled, request: StaticRequest) -> tuple[str, ...]:
+def _notes(
+    programs: Sequence[Program], committed: Fingerprints, compiled: Compiled, request: StaticRequest, accept: str
+) -> tuple[str, ...]:
     notes = []
     pairs = [(committed.programs[name], now) for name, (now, _) in compiled.items() if name in committed.programs]
     both = [(was, now) for was, now in pairs if isinstance(now, Fingerprint)]
@@ -172,6 +182,9 @@ def _notes(programs: Sequence[Program], committed: Fingerprints, compiled: Compi
     stale = sum(program.stale for program in programs)
     if stale:
         notes.append(f"{stale} programs come from entries tuned for another version of their kernel; `import mhc` does not use them")
+    uncovered = sum(name not in committed.programs for name, (now, _) in compiled.items() if isinstance(now, Fingerprint))
+    if uncovered and not request.update:
+        notes.append(f"{uncovered} programs have no committed fingerprint; to write them: {accept}")
     gone = committed.programs.keys() - {program.name for program in programs}
     if gone and request.selection.is_whole:
         notes.append(f"{len(gone)} fingerprints are of programs that the profile no longer has; --update drops them")

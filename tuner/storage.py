@@ -71,7 +71,7 @@ def _driver(url: str) -> str:
     for module in ("psycopg", "psycopg2"):
         if importlib.util.find_spec(module) is not None:
             return f"postgresql+{module}://{url[match.end() :]}"
-    raise TuneError("--storage: no PostgreSQL driver is installed; pip install 'mhc-kernels[postgres]'")
+    raise TuneError("--storage: no PostgreSQL driver is installed; pip install 'psycopg[binary]'")
 
 
 def open_storage(url: str, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRACE_S) -> optuna.storages.RDBStorage:

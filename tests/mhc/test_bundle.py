@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     """A bundle of ``pre`` and ``pre_bwd`` for the CPU target, and its profile."""
     folder = tmp_path_factory.mktemp("bundles")
     profile = write_profile(folder / "cpu.yaml", ("pre", "pre_bwd"), C, "Test CPU", "cpu")
-    assert compile_bundle(CompileRequest("cpu", folder / "made", str(profile), None, 2, "mhc-tune compile")) == 0
+    assert compile_bundle(CompileRequest(None, folder / "made", str(profile), None, 2, "mhc-tune compile")) == 0
     return folder / "made", profile
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -222,9 +223,41 @@ def test_ctrl_c_writes_what_there_is(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in err
 
 
+def test_ctrl_c_before_anything_was_measured_leaves_an_earlier_result_as_it_was(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    before = {name: f"old {name}" for name in ("bench.json", "bench.md", "bench.png")}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(module, "take_rounds", interrupted)
+    assert bench(replace(TINY, out=tmp_path)) == INTERRUPTED
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    err = capsys.readouterr().err
+    assert "interrupted before anything was measured" in err
+    assert "what was measured is in" not in err
+
+
+@pytest.mark.parametrize("name", ["replace_file", "chart"])
+def test_on_a_full_disk_it_prints_what_was_measured_and_ends_in_one_line(tmp_path, monkeypatch, capsys, name):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, name, full)
+    with pytest.raises(TuneError, match=r"^--out .*: cannot be written: No space left on device$"):
+        bench(replace(TINY, out=tmp_path, rivals="eager", layers="1"))
+    assert "| PyTorch eager |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (
+            {"shapes": "8x2x32:liger", "rivals": "ours"},
+            "--shapes: 8 x 2 x 32 asks for liger, wanted some of the rivals that take part: ours",
+        ),
+        ({"shapes": "8x2x32,4x2x32:ours+tile-kernels", "rivals": "ours,eager"}, "4 x 2 x 32 asks for tile-kernels"),
+        ({"shapes": "8x2x32:tile-kernels", "rivals": None}, "8 x 2 x 32 asks for tile-kernels"),  # only on CUDA
         ({"rivals": "ours,ligre"}, "did you mean 'liger'"),
         ({"shapes": "8x2x32:ours+egaer"}, "did you mean 'eager'"),
         ({"shapes": "8x2"}, "wanted TxnxC"),
@@ -251,6 +284,9 @@ def test_unwritable_output_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TuneError, match="--out"):
         make_plan(replace(TINY, out=tmp_path / "file" / "out"))
+    (tmp_path / "bench.json").mkdir()
+    with pytest.raises(TuneError, match=r"--out .*bench\.json: is a folder"):
+        make_plan(replace(TINY, out=tmp_path))
 
 
 def test_defaults_are_small_on_the_cpu(tmp_path):

@@ -30,6 +30,12 @@ def test_bad_shapes_say_what_is_wanted(text):
         Shape.parse(text)
 
 
+def test_a_shape_that_takes_no_rivals_says_so():
+    assert Shape.parse("8x4x16", "--shape", narrow=False) == Shape(8, 4, 16)
+    with pytest.raises(TuneError, match=r"^--shape: got '8x4x16:ours', wanted TxnxC such as 8192x4x2560$"):
+        Shape.parse("8x4x16:ours", "--shape", narrow=False)
+
+
 def test_floor_is_that_of_the_design_at_four_streams():
     assert Shape(8192, 4, 2560).floor_units == {"forward": 10, "forward_backward": 33}
     assert Shape(8192, 4, 2560).unit_bytes("bfloat16") == 8192 * 2560 * 2

@@ -178,7 +178,6 @@ def test_ctrl_c_while_compiling_ends_the_run_within_five_seconds(tmp_path: Path)
         run.kill()
     assert code == INTERRUPTED, (lines, rest)
     assert seconds < 5
-    assert "interrupted; what was measured is in" in rest
+    assert "interrupted before anything was measured" in rest
     assert "Traceback" not in rest
-    data = json.loads((tmp_path / "bench.json").read_text())
-    assert (data["complete"], data["shapes"]) == (False, [])
+    assert not list(tmp_path.iterdir())

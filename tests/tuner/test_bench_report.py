@@ -130,6 +130,9 @@ def test_decode_columns_are_token_counts():
     assert "| implementation | T = 1 | T = 16 | host, T = 16 |" in table
     assert cells(table, "mhc")[1:] == ["9.0 / 40.0", "9.0 / 9.0", "41 / 55 / 120"]
     assert "- Liger, T = 1: failed: ValueError: no" in table
+    again = copy.deepcopy(RESULT)
+    again["shapes"][0]["decode"].append({**again["shapes"][0]["decode"][-1], "T": 16})
+    assert "- Liger, T = 1, 16: failed: ValueError: no\n" in markdown(again)
 
 
 def test_interrupted_and_missing_are_said():
@@ -171,8 +174,15 @@ def test_results_are_read_back_or_refused(tmp_path):
         read_result(tmp_path / "none.json")
 
 
-def test_chart_of_several_shapes(tmp_path):
+def test_chart_of_several_shapes(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
     two = copy.deepcopy(RESULT)
-    two["shapes"].append(copy.deepcopy(two["shapes"][0]))
+    two["shapes"].append(copy.deepcopy(two["shapes"][0]) | {"copy_gbps": 2000.0})
     chart(two, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert [[gbps in title for gbps in ("3000 GB/s", "2000 GB/s")] for title in titles] == 2 * [[True, False]] + 2 * [[False, True]]
+    assert "GB/s" not in figures[0].get_suptitle()

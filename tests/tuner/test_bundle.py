@@ -22,6 +22,7 @@ from tests.tuner import planted_bundle
 from tl_kernels import KERNELS
 from tuner import bundle, cli
 from tuner.cubin import find_kernels
+from tuner.errors import TuneError
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -34,7 +35,7 @@ def compiled(monkeypatch):
         monkeypatch.setattr(bundle, "library_job", job)
         monkeypatch.setattr(bundle, "find_compiler", lambda hardware: "g++")
         monkeypatch.setattr(bundle, "toolchain", lambda compiler: {"tilelang": "0.1.15", compiler: "12"})
-        return bundle.compile_bundle(bundle.CompileRequest(gpu, output, str(profile), kernels, 2, "mhc-tune compile -o bundle"))
+        return bundle.compile_bundle(bundle.CompileRequest(gpu, output, profile and str(profile), kernels, 2, "mhc-tune compile -o bundle"))
 
     return run
 
@@ -57,7 +58,7 @@ def test_every_program_once(compiled, tmp_path, capsys):
     # the same program at another T; and one without C in it at another C
     other = {"kernel": "sinkhorn", "C": 128, "config": KERNELS["sinkhorn"].default(KERNELS["sinkhorn"].problem(N, 128))}
     with_entries(profile, {"tokens": 8192}, {**other, "source_hash": KERNELS["sinkhorn"].source_hash})
-    assert compiled(profile, tmp_path / "bundle", gpu="h100") == 0
+    assert compiled(profile, tmp_path / "bundle") == 0
     written = manifest(tmp_path / "bundle")
     assert [(p["kernel"], p["n"], p["C"], p["dtype"]) for p in written["programs"]] == [
         ("pre", 4, 64, "bfloat16"),
@@ -169,14 +170,28 @@ def test_what_the_user_can_mend(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert "--gpu is missing" in refused(monkeypatch, capsys, "-o", "b")
     assert "'--output'" in refused(monkeypatch, capsys, "--gpu", "h100")
-    assert "no packaged profile has this name" in refused(monkeypatch, capsys, "--gpu", "h1000", "-o", "b")
-    assert "--profile nowhere.yaml" in refused(monkeypatch, capsys, "--profile", "nowhere.yaml", "-o", "b")
-    assert "wanted a profile of h200 or --gpu h100" in refused(monkeypatch, capsys, "--gpu", "h200", "--profile", "h100", "-o", "b")
+    assert "unknown --gpu 'h1000'; did you mean 'h100'?" in refused(monkeypatch, capsys, "--gpu", "h1000", "-o", "b")
+    assert "--profile nowhere.yaml: nowhere.yaml: cannot be read" in refused(monkeypatch, capsys, "--profile", "nowhere.yaml", "-o", "b")
+    assert "--profile and --gpu: got both" in refused(monkeypatch, capsys, "--gpu", "h200", "--profile", "h100", "-o", "b")
     assert "unknown kernel 'prex'; did you mean 'pre'?" in refused(monkeypatch, capsys, "--gpu", "h100", "--kernels", "prex", "-o", "b")
     for name, make in {"file": lambda p: p.write_text("x"), "full": lambda p: (p.mkdir(), (p / "thesis.txt").write_text("x"))}.items():
         make(tmp_path / name)
         assert "or a bundle to replace" in refused(monkeypatch, capsys, "--gpu", "h100", "-o", name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    monkeypatch.setattr(bundle, "compile_each", lambda *args: pytest.fail("compiled"))
+    monkeypatch.chdir(tmp_path / "empty" / "below")
+    for name in (".", "..", str(tmp_path / "empty" / "below")):
+        assert "is, or holds, the current folder" in refused(monkeypatch, capsys, "--gpu", "h100", "-o", name)
+
+
+@pytest.mark.parametrize("gpu", ["H100", " h100 ", "CPU"])
+def test_a_gpu_is_found_as_other_commands_find_it(compiled, tmp_path, monkeypatch, gpu):
+    seen = []
+    monkeypatch.setattr(bundle, "_programs", lambda profile, names, source: (seen.append(source), ([], []))[1])
+    with pytest.raises(TuneError, match="nothing to compile"):
+        compiled(None, tmp_path / "bundle", gpu=gpu)
+    assert seen == [gpu.strip().lower()]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -184,7 +199,7 @@ def test_a_cubin_without_a_gpu(tmp_path):
     """From outside, with nvcc: then a process takes its program from the bundle, without TileLang, and another one from TileLang."""
     profile = write_profile(tmp_path / "h100.yaml", ("pre",), 256, GPU, "sm_90a")
     env = {**os.environ, "PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tuner.cli", "compile", "--gpu", "h100", "--profile", str(profile), "-o", "bundle"]
+    command = [sys.executable, "-m", "tuner.cli", "compile", "--profile", str(profile), "-o", "bundle"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (program,) = manifest(tmp_path / "bundle")["programs"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import struct
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,8 @@ import pytest
 from tl_kernels import KERNELS
 from tl_kernels.launch import compile_kernel
 from tuner import bench_kernels
-from tuner.bench_kernels import SHARED_FILE, image_resources, resources
+from tuner.bench_kernels import image_resources, resources
+from tuner.compile_job import lowered_shared_bytes
 from tuner.cubin import Resources, blocks_per_sm, find_kernels, occupancy, read_cubin
 
 
@@ -103,14 +103,10 @@ def test_a_program_of_the_cache_is_not_lowered_once_more_for_its_shared_memory(m
     p = kernel.problem(2, 64)
     program = kernel, p, kernel.default(p), "sm_90a"
     jit = compile_kernel(*program)
-    found = image_resources(jit, *program)
-    kept = Path(jit._tilelang_cache_path) / SHARED_FILE
-    assert int(kept.read_text()) <= found["shared"]
-    cached = SimpleNamespace(_tilelang_cache_path=jit._tilelang_cache_path)
+    lowered = lowered_shared_bytes(kernel, kernel.build(*program[1:3]), *program[2:])
     monkeypatch.setattr(bench_kernels, "lowered_shared_bytes", lambda *args: pytest.fail("lowered"))
-    assert image_resources(cached, *program) == found
-    kept.write_text("damaged")
-    monkeypatch.setattr(bench_kernels, "lowered_shared_bytes", lambda *args: 4096)
-    assert image_resources(cached, *program)["shared"] >= 4096
-    assert kept.read_text() == "4096\n"
-    kept.unlink()
+    found = image_resources(SimpleNamespace(_tilelang_cache_path=jit._tilelang_cache_path), *program)
+    assert found["shared"] >= lowered
+    monkeypatch.setattr(bench_kernels, "cached_shared_bytes", lambda folder: None)
+    monkeypatch.setattr(bench_kernels, "lowered_shared_bytes", lambda *args: lowered)
+    assert image_resources(jit, *program) == found

@@ -142,7 +142,7 @@ def test_a_file_of_fingerprints_comes_back_as_it_was_and_has_a_line_a_program(tm
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "no fingerprints to compare with; write them: mhc-tune check --static --update"),
+        (None, "no fingerprints to compare with; write them: mhc-tune check --static --gpu h100 --update"),
         ("{", "EOF"),
         ("[" * 100_000, "top level"),
         ("[]", "top level: got []"),

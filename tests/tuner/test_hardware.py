@@ -20,14 +20,14 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
 
 def test_another_gpu_is_named_with_the_command_for_it(monkeypatch):
     monkeypatch.setattr(hardware, "_gpu", lambda: H200)
-    with pytest.raises(TuneError, match=r"--gpu h100: found 'NVIDIA H200' \(h200\); run `mhc-tune --gpu h200`"):
+    with pytest.raises(TuneError, match=r"--gpu h100: found 'NVIDIA H200' \(h200\); use --gpu h200 for this one"):
         resolve("h100")
 
 
 def test_no_gpu_is_said_with_the_command_for_the_cpu(monkeypatch):
     monkeypatch.setattr(hardware, "_gpu", lambda: None)
     monkeypatch.setattr(hardware, "nvidia_smi", lambda fields: [])
-    with pytest.raises(TuneError, match=r"found no CUDA device.*run `mhc-tune --gpu cpu` here"):
+    with pytest.raises(TuneError, match=r"found no CUDA device.*use --gpu cpu here"):
         resolve("h100")
     monkeypatch.setattr(hardware, "nvidia_smi", lambda fields: ["NVIDIA H100 80GB HBM3"])
     with pytest.raises(TuneError, match=r"nvidia-smi shows 'NVIDIA H100 80GB HBM3', but this torch .* cannot use it"):

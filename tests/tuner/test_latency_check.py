@@ -177,21 +177,39 @@ def test_what_cannot_be_measured_costs_its_entry_alone(check_here, profile_here,
 
 def test_a_lost_gpu_ends_it_and_keeps_what_was_measured(check_here, profile_here, tmp_path):
     path, file = profile_here(entry("pre"), entry("post_res"), entry("sinkhorn")), tmp_path / "c.json"
-    code, out = check_here("--profile", path, "--json", file, faults={"post_res": planted.SECOND + "gone"})
+    outputs = ("--json", file, "--junit", tmp_path / "c.xml", "--summary", tmp_path / "c.md")
+    code, out = check_here("--profile", path, *outputs, faults={"post_res": planted.SECOND + "gone"})
     assert code == 3, out
     assert "stopped in run 2 of 3: the GPU is gone" in out
     assert {k: (row["verdict"], len(row["now"]["runs"])) for k, row in by_kernel(file).items()} == {
         "pre": ("same", 2), "post_res": ("same", 1), "sinkhorn": ("same", 1),
     }  # fmt: skip
-    code, out = check_here("--profile", path, "--json", file, faults={"post_res": "gone"})
+    # every row is the same as before, and yet it is no pass
+    assert (tmp_path / "c.md").read_text().startswith("### Incomplete: ")
+    root = ET.fromstring((tmp_path / "c.xml").read_text())
+    assert {k: root.attrib[k] for k in ("tests", "failures", "errors")} == {"tests": "4", "failures": "0", "errors": "1"}
+    (error,) = root.iter("error")
+    assert error.attrib["message"] == "incomplete, exit code 3"
+    assert "stopped in run 2 of 3: the GPU is gone" in error.text
+    code, out = check_here("--profile", path, *outputs, faults={"post_res": "gone"})
     assert code == 3, out
     assert by_kernel(file)["sinkhorn"]["verdict"] == "not measured"
+    root = ET.fromstring((tmp_path / "c.xml").read_text())
+    assert {k: root.attrib[k] for k in ("tests", "failures", "errors")} == {"tests": "3", "failures": "0", "errors": "2"}
 
 
 def test_ctrl_c_reports_what_was_measured(check_here, profile_here, tmp_path):
     path, file = profile_here(entry("pre"), entry("post_res")), tmp_path / "c.json"
-    code, out = check_here("--profile", path, "--json", file, us={"pre": 120.0}, faults={"post_res": planted.SECOND + "Ctrl-C"})
+    outputs = ("--json", file, "--junit", tmp_path / "c.xml", "--summary", tmp_path / "c.md")
+    code, out = check_here("--profile", path, *outputs, faults={"post_res": planted.SECOND + "Ctrl-C"})
     assert code == 130, out
+    assert (tmp_path / "c.md").read_text().startswith("### Incomplete: ")
+    assert ET.fromstring((tmp_path / "c.xml").read_text()).attrib["errors"] == "1"
+    code, out = check_here("--profile", path, *outputs, us={"pre": 120.0}, faults={"post_res": planted.SECOND + "Ctrl-C"})
+    assert code == 130, out
+    assert (tmp_path / "c.md").read_text().startswith("### Failed: ")
+    root = ET.fromstring((tmp_path / "c.xml").read_text())
+    assert {k: root.attrib[k] for k in ("failures", "errors")} == {"failures": "1", "errors": "1"}
     whole = json.loads(file.read_text())
     assert (whole["exit_code"], whole["runs"]) == (130, 1)
     assert any(note.startswith("interrupted in run 2 of 3") for note in whole["notes"])
@@ -228,6 +246,7 @@ def test_kernels_without_an_entry_are_measured_by_name_where_no_entry_is_needed(
     [
         ((), "check: there is no GPU here; to compile and compare without one: mhc-tune check --static"),
         (("--gpu", "h100"), "--gpu h100: found no CUDA device"),
+        (("--gpu", "h100"), "to compile and compare without it: mhc-tune check --static --gpu h100"),
         (("--profile", "h100"), "check: there is no GPU here"),
         (("--gpu", "cpu", "--profile", "cpu"), "--profile and --gpu: got both"),
         (("--profile", "none/such.yaml"), "none/such.yaml: cannot be read"),

@@ -391,7 +391,7 @@ def test_update_needs_the_option(runner):
 def test_a_tolerance_is_a_share(runner, tolerance):
     result = runner.run("--mhc-latency-tolerance", tolerance)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--mhc-latency-tolerance: *"])
+    result.stderr.fnmatch_lines([f"*--mhc-latency-tolerance: got '{tolerance}', wanted a share from 0 to below 1, such as 0.05"])
 
 
 def test_xdist_workers_are_refused_with_the_option_only(runner):

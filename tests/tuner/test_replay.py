@@ -1,5 +1,6 @@
 """tuner/replay.py: the tuner's own search over a ledger, counted exactly, and the figures and the chart that come of it."""
 
+import errno
 import json
 import math
 import os
@@ -211,6 +212,21 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, monkeypatc
     err = capsys.readouterr().err
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["replace_file", "plot"])
+def test_on_a_full_disk_it_prints_the_figures_and_ends_in_one_line(tmp_path, monkeypatch, capsys, name):
+    from tuner import replay as module
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "ledger.json").write_text(json.dumps(make_ledger(make_study("post_res"))))
+    monkeypatch.setattr(module, name, full)
+    monkeypatch.setattr(module, "run_jobs", lambda jobs, request: [(job, 3) for job in jobs])
+    with pytest.raises(TuneError, match=r"^--out .*: cannot be written: No space left on device$"):
+        module.run_replay(make_request(tmp_path))
+    assert "near the best" in capsys.readouterr().out
 
 
 def test_no_chart_library_is_one_line(monkeypatch):

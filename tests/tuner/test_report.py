@@ -31,7 +31,7 @@ from tuner.inputs import make_inputs
 from tuner.measure_job import run_reference
 from tuner.report import ReportRequest, readme, render, roof_points, run_report
 from tuner.report_flops import flops
-from tuner.report_history import CHAINED, OURS, RIVAL, history
+from tuner.report_history import CHAINED, OURS, RIVAL, changed_files, history, last_commit
 from tuner.report_plots import number, spread
 from tuner.report_read import Bench, parse, read_devices
 
@@ -260,7 +260,7 @@ def test_the_page_holds_what_the_files_say(folder):
         "561.9 (561.4 to 562.4)",
         "fastest rival of the same run 911 us",  # not the faster one, which is wrong
         "FlashInfer: failed: RuntimeError: boom",
-        "Fast but wrong: DIFFERS from float64: relative error nan in x",
+        "Fast but wrong: DIFFERS from float64; largest relative error nan in x",
         "not installed, so not measured: te",
         "9.3 / 37.2",  # small token counts
         "69.1 (69.0 to 69.2)",  # kernels
@@ -293,6 +293,76 @@ def test_the_page_holds_what_the_files_say(folder):
     assert "project n=4" not in page.text
     kernels = tables.kernels(*(lambda d: (d.bench.data.shapes[0], d.profile))(read_devices(folder / "results", folder / "profiles")[0]))
     assert [[cell.text for cell in cells[5:7]] for cells in kernels.rows] == [["win", "fresh"], ["tie", "fresh"], ["tie", "fresh"]]
+
+
+def test_the_profile_says_nothing_of_a_configuration_that_is_not_its_own(folder):
+    path = folder / "results" / "h100" / "bench.json"
+    found = json.loads(path.read_text())
+    for program, block_T in zip(found["shapes"][0]["kernels"], (1, 2, 1), strict=True):
+        program["config"] = {"block_T": block_T}
+    path.write_text(json.dumps(found))
+    (device,) = read_devices(folder / "results", folder / "profiles")
+    kernels = tables.kernels(device.bench.data.shapes[0], device.profile)
+    said = [[cell.text for cell in cells[5:7]] for cells in kernels.rows]
+    assert said == [["win", "fresh"], ["–", "another configuration"], ["tie", "fresh"]]
+    assert "Another configuration: the entry's is not the one that was timed here" in Page(page_of(folder)).text
+
+
+@pytest.mark.parametrize("name", ["bench.json", "wide/bench.json", "decode/bench.json"])
+def test_a_run_that_measured_nothing_is_named_and_the_rest_is_shown(folder, name):
+    path = folder / "results" / "h100" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result(shapes=[])))
+    page = page_of(folder)
+    check_inert(page, folder / "results")
+    text = " ".join(Page(page).text.split())
+    assert text.count(f"{name} holds no shape: its run ended before anything was measured") == 1
+    assert ("213.7 (213.2 to 214.2)" in text) == (name != "bench.json")
+    assert "12.5%" in text
+
+
+def test_a_run_that_measured_nothing_alone_makes_a_page_too(tmp_path):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "results" / "h100").mkdir(parents=True)
+    (tmp_path / "results" / "h100" / "bench.json").write_text(json.dumps(result(shapes=[])))
+    assert "bench.json holds no shape" in Page(page_of(tmp_path)).text
+
+
+def test_small_token_counts_are_of_every_run_the_newest_first(folder):
+    for name, day, us in (("decode", 24, 11.1), ("decode_ours", 25, 10.2), ("older", 20, 12.3)):
+        other = result() | {"date": f"2026-11-{day} 01:02 UTC"}
+        other["shapes"][0]["decode"] = [small("mhc", 1, us)]
+        (folder / "results" / "h100" / name).mkdir(exist_ok=True)
+        (folder / "results" / "h100" / name / "bench.json").write_text(json.dumps(other))
+    text = Page(page_of(folder)).section("Small token counts")
+    times = [text.index(f"\n{us} / ") for us in (10.2, 11.1, 9.3, 12.3)]  # that of bench.json is of the 22nd
+    assert times == sorted(times)
+
+
+def test_runs_of_another_dtype_have_a_section_of_their_own(folder):
+    other = result(dtype="float32", date="2026-11-26 01:02 UTC")
+    other["shapes"][0]["dtype"] = "float32"
+    (folder / "results" / "h100" / "exact").mkdir()
+    (folder / "results" / "h100" / "exact" / "bench.json").write_text(json.dumps(other))
+    text = " ".join(Page(page_of(folder)).text.split())
+    assert "Boundaries against rivals, 8192 × 4 × 2560, bfloat16 " in text
+    assert text.count("Boundaries against rivals, 8192 × 4 × 2560, float32, run of 2026-11-26 01:02 UTC") == 1
+    assert "run of 2026-11-26 01:02 UTC implementation" not in text, "folded below the other dtype's"
+
+
+def test_what_a_startup_lacks_is_said(folder):
+    path = folder / "results" / "h100" / "startup.json"
+    assert "Interrupted" not in Page(page_of(folder)).section("Start of a script")
+    path.write_text(json.dumps({**STARTUP, "complete": False}))
+    assert "Interrupted: not everything was measured" in Page(page_of(folder)).section("Start of a script")
+    rows = [{**row, "rival": name} for row, name in zip(STARTUP["rows"], ("ours", "liger"), strict=True)]
+    path.write_text(json.dumps({**STARTUP, "command": "mhc-tune startup --rivals ours,liger,compile", "rows": rows}))
+    assert "Not all of what the command asked for: no start of compile" in Page(page_of(folder)).section("Start of a script")
+
+
+def test_no_command_is_made_up_for_a_check_that_did_not_record_it(folder):
+    (folder / "results" / "h100" / "check_noise.json").unlink()
+    assert "mhc-tune check --json" not in Page(page_of(folder)).text
 
 
 def test_nothing_on_the_page_runs_or_loads(folder):
@@ -401,7 +471,7 @@ def first_time(found: dict) -> dict:
         ("[" * 100_000, "is no JSON"),
         ("[]", "top level"),
         ("{}", "hardware: missing"),
-        (broken(lambda r: r.update(shapes=[])), "shapes"),
+        (broken(lambda r: r.update(shapes={})), "shapes"),
         (broken(lambda r: first_time(r).update(us="fast")), "shapes[0].rows[0].times.forward_graph.us: got 'fast'"),
         (broken(lambda r: first_time(r).update(us=float("nan"))), "forward_graph.us: got nan"),
         (broken(lambda r: first_time(r).pop("share")), "times.forward_graph.share"),
@@ -525,6 +595,38 @@ def test_history_reads_every_committed_measurement(tmp_path):
     ]
 
 
+def test_history_is_in_the_order_of_time_in_whatever_time_zone(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    git(tmp_path, "init", "-q")
+    # as text 23:00+05:00 comes last, and is the first
+    for i, when in enumerate(("2026-11-24T23:00:00+05:00", "2026-11-24T20:00:00+00:00", "2026-11-24T17:00:00-05:00")):
+        monkeypatch.setenv("GIT_COMMITTER_DATE", when)
+        path.write_text(json.dumps(result(date=f"day {i}")))
+        git(tmp_path, "add", ".")
+        git(tmp_path, "-c", "core.hooksPath=/nowhere", "commit", "-q", "-m", f"commit {i}")
+    wanted = parse(Bench, json.dumps(result()), "bench.json").data.shapes[0]
+    assert [p.measured for p in history(path, wanted).points] == ["day 0", "day 1", "day 2"]
+
+
+def test_a_file_has_the_commit_that_last_changed_it_and_a_mark_where_it_was_changed_since(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    git(tmp_path, "init", "-q")
+    for name in ("same ü.json", "edited.json", "staged.json"):
+        (folder / name).write_text("{}")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "-c", "core.hooksPath=/nowhere", "commit", "-q", "-m", "one")
+    for name in ("edited.json", "staged.json", "new.json"):
+        (folder / name).write_text("[]")
+    git(tmp_path, "add", "a folder/staged.json")
+    changed = changed_files(folder)
+    commits = {path.name: last_commit(path, changed) for path in folder.iterdir()}
+    same = commits["same ü.json"]
+    assert re.fullmatch("[0-9a-f]{7,}", same)
+    assert commits == {"same ü.json": same, "edited.json": f"{same}+", "staged.json": f"{same}+", "new.json": None}
+    assert changed_files(tmp_path / "nowhere") == frozenset()
+
+
 def test_history_without_a_checkout_says_so(folder, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
     wanted = parse(Bench, json.dumps(result()), "bench.json").data.shapes[0]
@@ -606,9 +708,10 @@ def test_other_runs_of_the_benchmark_are_folded_below_the_first_of_their_shape(f
         (folder / "results" / "h100" / f"wide{day}" / "bench.json").write_text(json.dumps(other))
     text = " ".join(Page(page_of(folder)).text.split())
     assert text.count("Boundaries against rivals, 8192 × 4 × 2560") == 2  # in the contents and above the section
-    assert text.count("Boundaries against rivals, 8192 × 4 × 4096, run of 2026-11-26 01:02 UTC") == 1
-    assert "Boundaries against rivals, 8192 × 4 × 2560 8192 × 4 × 4096 " in text  # the contents
-    assert text.index(" run of 2026-11-25 01:02 UTC") < text.index("8192 × 4 × 4096, run of") < text.index(" run of 2026-11-24 01:02 UTC")
+    assert text.count("Boundaries against rivals, 8192 × 4 × 4096, bfloat16, run of 2026-11-26 01:02 UTC") == 1
+    assert "Boundaries against rivals, 8192 × 4 × 2560, bfloat16 8192 × 4 × 4096, bfloat16 " in text  # the contents
+    places = [" run of 2026-11-25 01:02 UTC", "8192 × 4 × 4096, bfloat16, run of", " run of 2026-11-24 01:02 UTC"]
+    assert [text.index(place) for place in places] == sorted(text.index(place) for place in places)
     assert all(f"mhc-tune bench --out wide{day}" in text for day in (24, 25, 26))
 
 

@@ -43,7 +43,6 @@ BEGINNINGS = (
     "dashboard._Server",
     "report.render",
     "workers.WorkerPool",
-    "bundle.WorkerPool",
     "compile_each.WorkerPool",
 )
 #: Arguments with which a command would begin, where it needs any.

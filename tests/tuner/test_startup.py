@@ -1,5 +1,6 @@
 """Starts of a script: real processes for ours and for PyTorch's eager, and planted ones for what goes wrong."""
 
+import errno
 import json
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from tuner import startup as module
 from tuner.errors import INTERRUPTED, TuneError
 from tuner.startup import MOMENTS, StartupRequest, run_startup
-from tuner.startup_report import markdown
+from tuner.startup_report import markdown, unfinished
 
 TINY = StartupRequest("mhc-tune startup ...", gpu="cpu", shape="3x2x32", repeats=1)
 
@@ -24,6 +25,8 @@ def run(request, out):
 def test_a_start_goes_through_its_moments_in_order_and_finds_what_was_cached(tmp_path, hostile_folder):
     code, rows, text = run(TINY, tmp_path)
     assert code == 0
+    assert json.loads((tmp_path / "startup.json").read_text())["complete"]
+    assert "Interrupted" not in text
     for row in rows.values():
         (sample,) = row["samples"]
         times = [sample[moment] for moment in MOMENTS]
@@ -79,16 +82,59 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
         return dict.fromkeys(MOMENTS, 1.0), None
 
     monkeypatch.setattr(module, "_start", planted)
-    code, rows, _ = run(TINY, tmp_path)
+    code, rows, text = run(TINY, tmp_path)
     assert code == INTERRUPTED
     assert list(rows) == [("ours", "cold")]
+    assert json.loads((tmp_path / "startup.json").read_text())["complete"] is False
+    assert "\n\n**Interrupted: not everything was measured.**\n\n| implementation |" in text
+
+
+def test_an_interpreter_that_cannot_be_executed_is_a_row_that_says_why(tmp_path):
+    (tmp_path / "python").write_text("#!/nowhere/python\n")
+    code, rows, _ = run(replace(TINY, rivals="eager", rival_envs=(f"eager={tmp_path / 'python'}",)), tmp_path)
+    assert code == 0, "ours was not asked for"
+    assert rows["eager", "cold"]["failure"].startswith("PermissionError: [Errno 13] Permission denied")
+    (tmp_path / "python").chmod(0o755)
+    _, rows, _ = run(replace(TINY, rivals="eager", rival_envs=(f"eager={tmp_path / 'python'}",)), tmp_path)
+    assert rows["eager", "cold"]["failure"].startswith("FileNotFoundError: ")
+
+
+def test_what_was_measured_is_printed_before_it_is_written(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_start", lambda *args: (dict.fromkeys(MOMENTS, 1.0), None))
+    monkeypatch.setattr(module, "replace_file", full)
+    with pytest.raises(TuneError, match=r"^--out .*: cannot be written: No space left on device$"):
+        run_startup(replace(TINY, out=tmp_path))
+    assert "| mhc (this project) | cold | 1.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"complete": True, "command": "mhc-tune startup --rivals ours,compile"}, None),
+        ({"complete": False}, "Interrupted: not everything was measured"),
+        # of files from before there was such a key
+        ({}, None),
+        ({"command": "mhc-tune startup --rivals ours,transformer-engine --repeats 1"}, None),
+        (
+            {"command": "mhc-tune startup --rivals=ours,tile-kernels,compile"},
+            "Not all of what the command asked for: no start of tile-kernels, compile",
+        ),
+    ],
+)
+def test_what_a_run_lacks_is_said(change, wanted):
+    rows = [{"rival": name} for name in ("ours", "transformer_engine")]
+    assert unfinished({"command": "mhc-tune startup", "rows": rows, **change}) == wanted
 
 
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
         ({"rivals": "ourz"}, "did you mean 'ours'"),
-        ({"shape": "3x2"}, "--shape: got '3x2'"),
+        ({"shape": "3x2"}, "--shape: got '3x2', wanted TxnxC such as 8192x4x2560"),
+        ({"shape": "3x2x32:ours"}, "--shape: got '3x2x32:ours', wanted TxnxC such as 8192x4x2560"),
         ({"dtype": "int8"}, "unknown dtype"),
         ({"bundle": "nowhere"}, "--bundle: nowhere/manifest.json: "),
         ({"rival_envs": ("liger",)}, "--rival-env"),
@@ -99,7 +145,14 @@ def test_a_bad_request_is_one_line(change, wanted, tmp_path):
     with pytest.raises(TuneError) as e:
         run_startup(replace(TINY, out=tmp_path, **change))
     assert wanted in str(e.value)
+    assert ":ours+" not in str(e.value), "of what this command does not take"
     assert "\n" not in str(e.value)
+
+
+def test_a_bundle_is_only_for_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr("mhc.bundle.Bundle", lambda path: None)
+    with pytest.raises(TuneError, match=r"^--bundle: starts ours, which is not among --rivals eager$"):
+        run_startup(replace(TINY, out=tmp_path, rivals="eager", bundle=tmp_path / "b"))
 
 
 def test_a_row_without_a_start_is_dashes():

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import shlex
 import xml.etree.ElementTree as ET
+from datetime import datetime
 
 import pytest
 
@@ -11,7 +13,8 @@ from mhc.schema import Profile, Provenance
 from tests.tuner import planted_fingerprints, planted_programs
 from tests.tuner.conftest import make_entry, outcome
 from tests.tuner.test_fingerprint import compiles
-from tuner import static_check
+from tuner import cli, static_check
+from tuner.commands import check as check_command
 from tuner.fingerprint import fingerprint_job, fingerprints_path, read_fingerprints
 from tuner.selection import Selection
 from tuner.static_check import StaticRequest, programs_of
@@ -20,6 +23,11 @@ from tuner.static_check import StaticRequest, programs_of
 SAMPLE = "pre,post_res,pre_bwd,sum_parts,sinkhorn"
 
 entry = functools.partial(make_entry, C=2560, tokens=8192)
+
+
+def outputs(wanted):
+    """The options of files to write, as arguments."""
+    return [str(x) for pair in wanted.items() for x in pair]
 
 
 @pytest.fixture
@@ -56,7 +64,9 @@ def test_from_update_to_every_verdict_and_every_output(check, profile, tmp_path)
     args = ("--static", "--profile", path)
     code, out = check(*args)
     assert (code, out.count("\n")) == (2, 1)
-    assert f"{fingerprints_path(path)}: no fingerprints to compare with; write them: mhc-tune check --static --update" in out
+    assert (
+        f"{fingerprints_path(path)}: no fingerprints to compare with; write them: mhc-tune check --static --profile {path} --update" in out
+    )
 
     code, out = check(*args, "--update")
     assert code == 0, out
@@ -70,12 +80,14 @@ def test_from_update_to_every_verdict_and_every_output(check, profile, tmp_path)
         "pre_bwd": {"barriers": 3},
         "sum_parts": "nvcc said | no\x1b[0m",
     }
-    code, out = check(*args, *[x for pair in wanted.items() for x in pair], planted=planted)
+    code, out = check(*args, *outputs(wanted), planted=planted)
     assert code == 1, out
     assert "stack 0 -> 16 bytes a thread" in out
     assert "5 programs, 1 regressed, 1 not compiled, 1 better, 1 noted, 1 same" in out
     whole = json.loads(wanted["--json"].read_text())
     assert whole["exit_code"] == 1
+    assert (whole["mode"], whole["command"]) == ("static", shlex.join(["mhc-tune", "check", *map(str, args), *outputs(wanted)]))
+    datetime.fromisoformat(whole["date"])
     assert {row["kernel"]: row["verdict"] for row in whole["programs"]} == {
         "pre": "regressed",
         "post_res": "better",
@@ -98,8 +110,11 @@ def test_from_update_to_every_verdict_and_every_output(check, profile, tmp_path)
     assert "nvcc said \\| no" in text
     assert text.count("\n|") == 2 + 4, "a head and what moved"
 
-    code, out = check(*args, "--kernels", "sum_parts", planted=planted)
+    code, out = check(*args, "--kernels", "sum_parts", *outputs(wanted), planted=planted)
     assert code == 3, out
+    assert wanted["--summary"].read_text().startswith("### Incomplete: ")
+    root = ET.fromstring(wanted["--junit"].read_text())
+    assert {k: root.attrib[k] for k in ("tests", "failures", "errors")} == {"tests": "1", "failures": "0", "errors": "1"}
     code, out = check(*args, "--kernels", "post_res", "--summary", wanted["--summary"], planted=planted)
     assert code == 0, out
     assert wanted["--summary"].read_text().startswith("### Passed: ")
@@ -111,6 +126,21 @@ def test_from_update_to_every_verdict_and_every_output(check, profile, tmp_path)
     assert {name.split()[0]: f.stack for name, f in kept.items()} == {"pre": 16, "post_res": 0, "pre_bwd": 0, "sum_parts": 0, "project": 0}
 
 
+def test_what_update_accepts_has_passed_in_every_output(check, profile, tmp_path):
+    path = profile(entry("pre"), entry("post_res"))
+    args = ("--static", "--profile", path)
+    check(*args, "--kernels", "pre", "--update")
+    wanted = {"--json": tmp_path / "c.json", "--junit": tmp_path / "c.xml", "--summary": tmp_path / "c.md"}
+    code, out = check(*args, "--update", *outputs(wanted), planted={"pre": {"stack": 16}})
+    assert code == 0, out
+    assert "2 programs, 2 noted" in out
+    whole = json.loads(wanted["--json"].read_text())
+    assert [row["findings"] for row in whole["programs"]] == [["stack 0 -> 16 bytes a thread"], ["no committed fingerprint"]]
+    assert wanted["--summary"].read_text().startswith("### Passed: ")
+    root = ET.fromstring(wanted["--junit"].read_text())
+    assert {k: root.attrib[k] for k in ("tests", "failures", "errors")} == {"tests": "2", "failures": "0", "errors": "0"}
+
+
 def test_a_program_without_a_fingerprint_fails_and_one_too_many_is_noted(check, profile):
     path = profile(entry("pre"), entry("post_res"))
     args = ("--static", "--profile", path)
@@ -119,6 +149,7 @@ def test_a_program_without_a_fingerprint_fails_and_one_too_many_is_noted(check, 
     code, out = check(*args)
     assert code == 1, out
     assert "2 programs, 1 uncovered, 1 same" in out
+    assert f"1 programs have no committed fingerprint; to write them: mhc-tune check --static --profile {path} --update\n" in out
     assert "1 fingerprints are of programs that the profile no longer has" in out
     assert "1 programs come from entries tuned for another version" in out
     assert check(*args, "--update")[0] == 0
@@ -175,6 +206,7 @@ def test_filters_keep_what_they_name(profile):
         (("--static", "--gpu", "h100", "--shapes", "4x2560"), "--shapes: got '4x2560', wanted TxnxC"),
         (("--static", "--gpu", "h100", "--shapes", "1x1x1"), "got filters that no entry of the profile passes"),
         (("--static", "--gpu", "h100", "--fingerprints", "no/such.json"), "no/such.json: no fingerprints to compare with"),
+        (("--static", "--gpu", "H200", "--fingerprints", "no/such.json"), "write them: mhc-tune check --static --gpu h200 --update"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(check, args, words):
@@ -182,6 +214,13 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(check, args, words):
     assert code == 2, out
     assert words in out
     assert out.count("\n") == 1
+
+
+def test_examples_name_the_gpu():
+    """Several profiles are packaged: without a GPU here one must be named."""
+    examples = [line for text in (check_command.EPILOG, cli.EPILOG) for line in text.splitlines() if "check --static" in line]
+    assert len(examples) == 5
+    assert all("check --static --gpu h100" in line for line in examples)
 
 
 def test_fingerprints_of_another_architecture_are_refused(check, profile):

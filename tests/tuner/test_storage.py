@@ -70,7 +70,7 @@ def test_an_error_while_opening_names_the_url_without_its_password(url):
 def test_without_a_driver_the_error_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("psycopg") else find(name))
-    with pytest.raises(TuneError, match=r"pip install 'mhc-kernels\[postgres\]'"):
+    with pytest.raises(TuneError, match=r"pip install 'psycopg\[binary\]'"):
         open_storage("postgresql://root@127.0.0.1/test")
 
 

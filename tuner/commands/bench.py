@@ -34,7 +34,7 @@ EPILOG = """Examples:
 
   mhc-tune bench --gpu cpu  (does it run, on a laptop)
 
-  mhc-tune bench --readme results/h100/bench.json  (only print the README's table of a result)
+  mhc-tune bench --readme results/h100/bench.json  (only print a small table of its first shape)
 """
 
 
@@ -62,7 +62,8 @@ def bench(
         bool, typer.Option("--in-process", help="No process of its own for any rival (one that crashes ends the run).")
     ] = False,
     readme: Annotated[
-        Path | None, typer.Option(help="Measure nothing: print the README's table of this bench.json.", metavar="PATH")
+        Path | None,
+        typer.Option(help="Measure nothing: print a small table of this bench.json's first shape, for a README.", metavar="PATH"),
     ] = None,
 ) -> None:
     if readme is not None:

@@ -42,13 +42,13 @@ EPILOG = """Examples:
 
   mhc-tune check --gpu cpu --against HEAD~1 --kernels pre,post_res --runs 2  (on a laptop)
 
-  mhc-tune check --static  (every program of the profile, 83 for the H100: three minutes on two cores; TileLang keeps what it compiled)
+  mhc-tune check --static --gpu h100  (every program of the profile: minutes on two cores; TileLang keeps what it compiled)
 
-  mhc-tune check --static --kernels pre,post_res --shapes 8192x4x2560  (a sample)
+  mhc-tune check --static --gpu h100 --kernels pre,post_res --shapes 8192x4x2560  (a sample)
 
-  mhc-tune check --static --junit check.xml --summary "$GITHUB_STEP_SUMMARY"  (in a workflow)
+  mhc-tune check --static --gpu h100 --junit check.xml --summary "$GITHUB_STEP_SUMMARY"  (in a workflow)
 
-  mhc-tune check --static --update  (accept what is now)
+  mhc-tune check --static --gpu h100 --update  (accept what is now)
 """
 
 
@@ -137,5 +137,6 @@ def check(
         json=json,
         junit=junit,
         summary=summary,
+        command=command_line(),
     )
     raise typer.Exit(static_check(request))
