@@ -125,7 +125,7 @@ class Kernel:
     #: 32-bit words of scratch that the program takes after its results: zero before the first launch, kept for the next by every launch.
     #: Blocks of such a program wait for each other (tl_kernels/meeting.py).
     scratch: Callable[[Problem, Config], int] | None = None
-    #: Blocks that wait for each other and therefore need a multiprocessor each, where they may be more than every GPU has.
+    #: Blocks that wait for each other and therefore need a multiprocessor each: more than a small GPU, or a slice of one, may have.
     resident: Callable[[Problem, Config], int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     #: Outputs whose exact answer depends on how another output was rounded: ``(problem, inputs, results by name) -> answer``, in float64.

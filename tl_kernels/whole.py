@@ -247,6 +247,7 @@ def whole_pass(mixes, **own):
         least_arch=90,
         shortcut=True,
         scratch=scratch_of,
+        resident=group_of,
         seeds=SEEDS,
         options={"norm_eps": 1e-6, "pre_eps": 1e-6},
         pass_configs=pass_configs,
