@@ -147,13 +147,14 @@ def build(p, cfg):
 
 
 def shared_bytes(p, cfg):
-    """Shared memory, an upper bound."""
+    """Shared memory."""
     bt, bk, stages = cfg["block_T"], cfg["block_K"], cfg["stages"]
     if cfg["overlap"]:
         return stages * bt * bk * 2 + 4 * padded(p.M, 16) * bk * 2
     part, N = (2 if cfg["mma"] == "bf16" else 4), padded(p.M, 32)
     x_split = 0 if part == 2 else x_parts(p) * bt * bk * 4
-    return stages * bk * (bt * p.itemsize + p.M * 4) + x_split + 2 * N * (bk * part + bt * 4)
+    # z takes the room of what is dead by then
+    return max(stages * bk * (bt * p.itemsize + p.M * 4) + x_split + 2 * N * bk * part, 2 * N * bt * 4)
 
 
 def invalid(p, cfg):
