@@ -2,7 +2,7 @@
 
 import pytest
 
-from tl_kernels import KERNELS, NAMES
+from tl_kernels import KERNELS, NAMES, STEPS
 from tl_kernels.spec import Problem
 
 SIZES = [(n, C, dtype) for n in range(1, 9) for C in (1, 33, 100, 1280, 1920, 2560, 4096, 7168) for dtype in ("bfloat16", "float32")]
@@ -25,6 +25,20 @@ def test_the_space_holds_the_default_and_something_else(name):
     assert set(space) == set(kernel.default(p))
     assert all(kernel.default(p)[knob] in values for knob, values in space.items())
     assert any(len(values) > 1 for values in space.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("C", [1, 8, 16])
+def test_few_channels_leave_something_to_choose_from(name, C):
+    kernel = KERNELS[name]
+    for n in (1, 4, 8):
+        for dtype in ("bfloat16", "float32"):
+            p = kernel.problem(n, C, dtype)
+            if kernel.unserved(p) is None:
+                space, default = kernel.space(p), kernel.default(p)
+                assert all(space.values())
+                if "block_C" in space and name in STEPS:  # of the others the default may lie outside
+                    assert all(default[knob] in values for knob, values in space.items()), p
 
 
 def test_bytes_are_the_floor_of_the_design():
