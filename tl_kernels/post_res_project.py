@@ -144,7 +144,8 @@ def half(p):
 
 
 def shared_bytes(p, cfg):
-    """Shared memory, an upper bound; z takes the room of what is no longer needed."""
+    """Shared memory at most, but for up to 1 KiB between tiles that begin at multiples of that; z takes the room of what is no longer needed.
+    """
     bt, bc, part, N, kb = cfg["block_T"], cfg["block_C"], (2 if mma_dtype(p) == "bfloat16" else 4), half(p), p.n * cfg["block_C"]
     staged = cfg["stages"] * bt * (kb + bc) * p.itemsize
     return staged + bt * (p.n + p.n * p.n) * 4 + part * kb * (x_parts(p) * bt + 2 * N)

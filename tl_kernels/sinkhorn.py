@@ -157,6 +157,8 @@ def build_bwd(p, cfg):
 
 
 def _invalid(p, cfg):
+    if p.option("iters") < 1:
+        return f"iters={p.option('iters')}: wanted at least 1; no mixing is tl_kernels/coefficients.py's"
     return None if cfg["threads"] in SPACE["threads"] else f"threads={cfg['threads']}: wanted one of {SPACE['threads']}"
 
 

@@ -170,7 +170,7 @@ class Kernel:
         return any(t.token_dim is not None for t in (*self.inputs, *self.outputs))
 
     def bytes_moved(self, p: Problem, T: int) -> int:
-        """Floor in bytes: every input read once, every result written once."""
+        """Floor in bytes: every input read once, every result written once; of what comes or leaves in splits, one split."""
         return sum(t.nbytes(p, T) for t in (*self.inputs, *self.outputs))
 
     @cached_property

@@ -156,7 +156,7 @@ def pad_of(cfg):
 
 
 def shared_bytes(p, cfg):
-    """Shared memory, an upper bound."""
+    """Shared memory, but for up to 1 KiB between tiles that begin at multiples of that."""
     if cfg["roles"]:
         return shared_bytes_of_roles(p, cfg)
     n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
