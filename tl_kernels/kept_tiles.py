@@ -7,7 +7,8 @@ from tl_kernels.gate_sums import LANES, across
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import padded
 from tl_kernels.shares import shares_size
-from tl_kernels.spec import SHARED_LIMIT, ceildiv
+from tl_kernels.sizes import ceildiv
+from tl_kernels.spec import SHARED_LIMIT
 
 WARP = 32
 #: Places of the small tensors: two tiles are on their way while one is used.

@@ -15,7 +15,7 @@ Blocks of a group are neighbours in launch order and groups do not wait for each
 import tilelang.language as T
 
 from tl_kernels.mma import ACC
-from tl_kernels.spec import ceildiv
+from tl_kernels.sizes import ceildiv
 
 #: Threads of each of the two roles beside the main one: a warpgroup.
 ROLE = 128

@@ -11,7 +11,7 @@ from tl_kernels.meeting import ROLE, tag, tagged, value_of
 from tl_kernels.mma import ACC
 from tl_kernels.relay import SHARE
 from tl_kernels.shares import shares, shares_size
-from tl_kernels.spec import ceildiv
+from tl_kernels.sizes import ceildiv
 
 #: Words in a sector of L2.
 SECTOR = 4

@@ -7,7 +7,8 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.lanes import lanes_default, lanes_invalid, lanes_of, lanes_space, min_blocks, own_layout, row_layout, rows_layout
-from tl_kernels.spec import Kernel, Tensor, ceildiv
+from tl_kernels.sizes import ceildiv
+from tl_kernels.spec import Kernel, Tensor
 
 ACC = "float32"
 

@@ -29,7 +29,8 @@ from tl_kernels.kept_tiles import invalid_kept, scratch_of_kept, shared_bytes_of
 from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pre_streams_grad_kept import build_kept
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 from tl_kernels.streams_grad import DX
 from tl_kernels.widen import widths
 

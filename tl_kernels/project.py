@@ -8,7 +8,8 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, high, low, mma_dtype, padded, x_parts
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, vector_width
+from tl_kernels.sizes import vector_width
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
 
 def build_fwd(p, cfg):

@@ -13,7 +13,8 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, padded, x_parts
 from tl_kernels.pieces import pieces
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
 
 #: Dtype that operands of a kind of MMA are declared with.
 OPERANDS = {"bf16": "bfloat16", "tf32": ACC}

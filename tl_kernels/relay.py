@@ -11,7 +11,7 @@ import tilelang.language as T
 
 from tl_kernels.meeting import ROLE, place_of, scratch_size, tag, tagged, untagged, value_of
 from tl_kernels.mma import ACC
-from tl_kernels.spec import ceildiv
+from tl_kernels.sizes import ceildiv
 
 
 def relay_size(G, groups, bt, values, ring):

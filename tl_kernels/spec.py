@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -175,31 +176,26 @@ class Kernel:
 
     @cached_property
     def source_hash(self) -> str:
-        """Changes when the file that holds the program, or a file of this package it takes helpers from, changes."""
+        """Changes with the file that holds the program, those of this package that it imports, and those that they import. This file
+        and the reference do not count, nor does what runs a program (launch.py, cpu.py), which none of them imports.
+        """
         files: list[str] = []
         _collect(self.build.__module__, files)
         text = "".join(inspect.getsource(sys.modules[name]) for name in sorted(files))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-#: What decides no generated code.
+#: What decides no generated code: this file has only the sizes of a problem in it, which mean what its first lines say.
 _NOT_CODE = ("tl_kernels.spec", "tl_kernels.reference")
+#: An import from this package, found without parsing: that would take a third of a second of every start.
+_IMPORT = re.compile(r"^ *from tl_kernels(?:\.(\w+))? import (.*)", re.MULTILINE)
 
 
 def _collect(name: str, found: list[str]) -> None:
-    """The modules of this package that a module takes functions from, itself included."""
+    """The modules of this package that a module imports, be it for a constant, and that those import, itself included."""
     if name in found or name in _NOT_CODE or not name.startswith("tl_kernels."):
         return
     found.append(name)
-    for value in vars(sys.modules[name]).values():
-        if inspect.isfunction(value):
-            _collect(value.__module__, found)
-
-
-def vector_width(p: Problem) -> int:
-    """Stream elements in one 16-byte access."""
-    return 16 // p.itemsize
-
-
-def ceildiv(a: int, b: int) -> int:
-    return -(-a // b)
+    for module, members in _IMPORT.findall(inspect.getsource(sys.modules[name])):
+        for imported in [module] if module else members.split(", "):
+            _collect(f"tl_kernels.{imported}", found)

@@ -2,7 +2,7 @@
 
 import tilelang.language as T
 
-from tl_kernels.spec import ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
 
 THREADS = (32, 64, 80, 96, 128, 160, 192, 256, 320, 512)
 

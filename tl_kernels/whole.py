@@ -18,7 +18,8 @@ from tl_kernels.meeting import PASS_CONFIGS, ROLE, scratch_size
 from tl_kernels.mma import padded
 from tl_kernels.pairs import exchanged, pairs_size
 from tl_kernels.relay import relay_size, share_of
-from tl_kernels.spec import SHARED_LIMIT, Kernel, ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
+from tl_kernels.spec import SHARED_LIMIT, Kernel
 
 #: Blocks of a group wait for each other, so all of them must fit the GPU at once: a little less than the 78 multiprocessors of an H20.
 MOST_BLOCKS = 72
