@@ -10,7 +10,7 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
 from tl_kernels.sizes import ceildiv
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
+from tl_kernels.spec import Kernel, Tensor, too_much_shared
 
 
 def build(p, cfg):
@@ -163,8 +163,7 @@ def invalid(p, cfg):
     live = (bt * bc * (p.n // 2 + 4) + padded(p.M, 8) * p.n * bc + 4 * bt * half(p)) // threads
     if live > 250:
         return f"block_T={bt}, block_C={bc}: {live} live registers a thread would spill"
-    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+    return too_much_shared(shared_bytes(p, cfg))
 
 
 def default(p):

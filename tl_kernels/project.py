@@ -9,7 +9,7 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.mma import ACC, high, low, mma_dtype, padded, x_parts
 from tl_kernels.sizes import vector_width
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
+from tl_kernels.spec import Kernel, Tensor, too_much_shared
 
 
 def build_fwd(p, cfg):
@@ -180,10 +180,7 @@ def _invalid(p, cfg, backward=False):
         return f"stages={cfg['stages']}: K={p.K} leaves rows off 16 bytes, wanted 0"
     if backward and not _shared_out(threads // 32, bk, padded(p.M, 16)):
         return f"block_K={bk}, threads={threads}: {threads // 32} warps cannot share {bk} x {padded(p.M, 16)} of dphi, 16 x 8 at a time"
-    limit = SHARED_LIMIT[90] * 1024
-    if shared_bytes(p, cfg, backward) > limit:
-        return f"{shared_bytes(p, cfg, backward)} bytes of shared memory, wanted at most {limit}"
-    return None
+    return too_much_shared(shared_bytes(p, cfg, backward))
 
 
 def _default_block(p):

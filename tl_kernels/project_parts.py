@@ -14,7 +14,7 @@ from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, padded, x_parts
 from tl_kernels.pieces import pieces
 from tl_kernels.sizes import ceildiv, vector_width
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
+from tl_kernels.spec import Kernel, Tensor, too_much_shared
 
 #: Dtype that operands of a kind of MMA are declared with.
 OPERANDS = {"bf16": "bfloat16", "tf32": ACC}
@@ -179,8 +179,7 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_K={bk}: {bt * bk // threads} squares a thread would spill"
     if cfg["splits"] > ceildiv(p.K, bk):
         return f"splits={cfg['splits']}: wanted at most K/block_K={ceildiv(p.K, bk)}"
-    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+    return too_much_shared(shared_bytes(p, cfg))
 
 
 def default(p):

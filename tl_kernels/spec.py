@@ -23,6 +23,12 @@ Config = Mapping[str, Any]
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 
 
+def too_much_shared(need: int) -> str | None:
+    """Why no block has that many bytes of shared memory, or None; of chips with less, the compiler says."""
+    limit = SHARED_LIMIT[90] * 1024
+    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+
+
 @dataclass(frozen=True)
 class Problem:
     """The static part of one kernel instance: everything but T.

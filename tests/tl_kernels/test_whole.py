@@ -151,8 +151,8 @@ def test_rules_of_a_configuration(name):
     good = {**WIDE, "block_T": 32, "groups": 6}
     assert kernel.invalid(p, good) is None
     for change, why in (
-        ({"block_T": 24}, "wanted 16, 32 or 64 tokens"),
-        ({"block_C": 32}, "64, 128 or 256 channels"),
+        ({"block_T": 64}, "wanted (16, 32) tokens"),
+        ({"block_C": 32}, "(64, 128, 256) channels"),
         ({"threads": 192}, "wanted a multiple of 128"),
         ({"block_T": 16, "block_C": 64}, "divisor of block_T=16 tokens at a time, not 32"),
         ({"groups": 16}, "groups=16: 320 blocks"),
