@@ -6,10 +6,9 @@ Columns of z, phi's rows and b: H_pre [n], H_post [n], then comb [source j, targ
 import tilelang.language as T
 
 from tl_kernels import reference
+from tl_kernels.mma import ACC
 from tl_kernels.spec import Kernel, Tensor
 from tl_kernels.tiles import everywhere
-
-ACC = "float32"
 
 
 def slope(e):

@@ -14,9 +14,9 @@ The backward walks the scalings back: it keeps r and c of each iteration in shar
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.spec import Kernel, Tensor, ceildiv
-
-ACC = "float32"
+from tl_kernels.mma import ACC
+from tl_kernels.sizes import ceildiv
+from tl_kernels.spec import Kernel, Tensor
 
 
 def sigmoid(h):

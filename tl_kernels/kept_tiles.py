@@ -7,7 +7,8 @@ from tl_kernels.gate_sums import LANES, across
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import padded
 from tl_kernels.shares import shares_size
-from tl_kernels.spec import SHARED_LIMIT, ceildiv
+from tl_kernels.sizes import ceildiv
+from tl_kernels.spec import too_much_shared
 
 WARP = 32
 #: Places of the small tensors: two tiles are on their way while one is used.
@@ -73,5 +74,4 @@ def invalid_kept(p, cfg):
         return f"keep=1, block_C={bc}: {ceildiv(p.C, bc)} blocks to a group, wanted so many that each adds up at most {WARP} sums"
     if ceildiv(p.C, bc) * cfg["splits"] > 256:
         return f"splits={cfg['splits']}: {ceildiv(p.C, bc) * cfg['splits']} blocks, wanted about as many as there are multiprocessors"
-    need, limit = shared_bytes_of_kept(p, cfg), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+    return too_much_shared(shared_bytes_of_kept(p, cfg))

@@ -7,7 +7,7 @@ from math import gcd
 
 import tilelang.language as T
 
-from tl_kernels.spec import vector_width
+from tl_kernels.sizes import vector_width
 
 #: 32-bit registers of a streaming multiprocessor, the same from sm_80 to sm_120.
 REGISTERS = 65536

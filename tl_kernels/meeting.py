@@ -15,12 +15,23 @@ Blocks of a group are neighbours in launch order and groups do not wait for each
 import tilelang.language as T
 
 from tl_kernels.mma import ACC
-from tl_kernels.spec import ceildiv
+from tl_kernels.sizes import ceildiv, vector_width
 
 #: Threads of each of the two roles beside the main one: a warpgroup.
 ROLE = 128
 #: How a program whose warps have roles is compiled: without barriers but those written, for TileLang's own know nothing of roles.
 PASS_CONFIGS = {"tl.enable_fast_math": True, "tl.disable_warp_specialized": True, "tl.disable_thread_storage_sync": True}
+
+
+def unserved_by(invalid, default):
+    """Of a program whose blocks meet: ``unserved(p)``, why no configuration serves a problem, or None."""
+
+    def unserved(p):
+        if p.dtype != "bfloat16" or p.n > 4 or p.C % vector_width(p):
+            return f"n={p.n}, C={p.C}, {p.dtype}: wanted at most 4 bfloat16 streams whose rows start on 16 bytes"
+        return invalid(p, default(p))
+
+    return unserved
 
 
 def scratch_size(G, groups, bt, values, ring):
@@ -70,8 +81,25 @@ def leave_of(G, counters, ring):
     return leave
 
 
+def row_of(G, width, ring):
+    """``row(g, use, r)``, where the ``width`` words of block r stand."""
+    return lambda g, use, r: (place_of(g, use, ring) * G + r) * width
+
+
+def publish_of(G, width, ring):
+    """Macro ``publish``."""
+    row = row_of(G, width, ring)
+
+    @T.macro
+    def publish(scratch, g, s, use, at, value):
+        T.atomic_store(scratch[row(g, use, s) + at], tagged(value, use, ring), memory_order="relaxed")
+
+    return publish
+
+
 def meeting(G, groups, bt, values, every, ring):
-    """Macros ``publish``, ``begin``, ``ask``, ``add_up``, ``write_out`` and ``leave`` for tiles of ``bt`` tokens with ``values`` sums each.
+    """How many words a block adds up, padded to whole roles; where the counters stand; and macros ``publish``, ``begin``, ``ask``,
+    ``add_up`` and ``write_out`` for tiles of ``bt`` tokens with ``values`` sums each.
 
     Every block needs the first ``every - 1`` values and the last; of the others each adds up a share and writes it out. ``use`` is the
     tile's number (:func:`number_of`).
@@ -80,10 +108,7 @@ def meeting(G, groups, bt, values, every, ring):
     share = ceildiv((values - every) * bt, G)
     sums = ceildiv(few + share, ROLE) * ROLE
     width = values * bt
-    counters = groups * ring * G * width
-
-    def row(g, use, r):
-        return (place_of(g, use, ring) * G + r) * width
+    row = row_of(G, width, ring)
 
     def place(e, s):
         """Of the e-th word that block s adds up: what every block needs, then its share, then any word, so that a load has no condition.
@@ -103,10 +128,6 @@ def meeting(G, groups, bt, values, every, ring):
         for e in T.Parallel(sums):
             its = T.if_then_else(e < few, s == 0, T.And(e < few + share, at[e] < (values - 1) * bt))
             until[e] = T.if_then_else(its, tokens, 0)
-
-    @T.macro
-    def publish(scratch, g, s, use, at, value):
-        T.atomic_store(scratch[row(g, use, s) + at], tagged(value, use, ring), memory_order="relaxed")
 
     @T.macro
     def ask(scratch, g, use, at, words):
@@ -142,4 +163,4 @@ def meeting(G, groups, bt, values, every, ring):
             if t0 + at[e] % bt < until[e]:
                 out[0, at[e] // bt, t0 + at[e] % bt] = total[e]
 
-    return sums, counters, publish, begin, ask, add_up, write_out, leave_of(G, counters, ring)
+    return sums, groups * ring * G * width, publish_of(G, width, ring), begin, ask, add_up, write_out

@@ -6,7 +6,7 @@ fp32 streams: tf32 parts, 2^-21); bfloat16 x feeds the MMA as it is.
 
 import tilelang.language as T
 
-from tl_kernels.spec import ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
 
 ACC = "float32"
 

@@ -11,7 +11,7 @@ from tl_kernels.meeting import ROLE, tag, tagged, value_of
 from tl_kernels.mma import ACC
 from tl_kernels.relay import SHARE
 from tl_kernels.shares import shares, shares_size
-from tl_kernels.spec import ceildiv
+from tl_kernels.sizes import ceildiv
 
 #: Words in a sector of L2.
 SECTOR = 4
@@ -39,8 +39,8 @@ def pairs_size(G, groups, bt, M, ring):
 
 
 def pairs(G, groups, bt, M, n, ring):
-    """How many words of totals every block reads, those of the first ``n`` values and the mean squares, padded to whole roles; the shape of
-    the words that a block adds up; where the counters stand; and macros as those of ``relay``, with ``publish_sums`` of z's even and odd
+    """How many words of totals every block reads, those of the first ``n`` values and the mean squares, padded to whole roles; where the
+    counters stand; the shape of the words that a block adds up; and macros as those of ``relay``, with ``publish_sums`` of z's even and odd
     tokens and ``publish_mean`` of a token's mean square. ``words`` is the scratch as words of 64 bits.
     """
     half, share = bt // 2, share_of(G, bt, M)
@@ -148,4 +148,4 @@ def pairs(G, groups, bt, M, n, ring):
             elif e < few:
                 total_s[at, n * half + e] = first(word[e])
 
-    return read, (run, ROLE), counters, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals
+    return read, counters, (run, ROLE), publish_sums, publish_mean, ask, add_share, ask_totals, read_totals

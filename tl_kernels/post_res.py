@@ -3,10 +3,10 @@
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.spec import Kernel, Tensor, vector_width
+from tl_kernels.mma import ACC
+from tl_kernels.sizes import vector_width
+from tl_kernels.spec import Kernel, Tensor
 from tl_kernels.tiles import channel_blocks, everywhere, row_default, row_invalid, row_space
-
-ACC = "float32"
 
 
 def build_fwd(p, cfg):

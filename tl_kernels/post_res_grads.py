@@ -7,9 +7,9 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.lanes import lanes_default, lanes_invalid, lanes_of, lanes_space, min_blocks, own_layout, row_layout, rows_layout
-from tl_kernels.spec import Kernel, Tensor, ceildiv
-
-ACC = "float32"
+from tl_kernels.mma import ACC
+from tl_kernels.sizes import ceildiv
+from tl_kernels.spec import Kernel, Tensor
 
 
 def build(p, cfg):

@@ -9,7 +9,8 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv
+from tl_kernels.sizes import ceildiv
+from tl_kernels.spec import Kernel, Tensor, too_much_shared
 
 
 def build(p, cfg):
@@ -144,7 +145,7 @@ def half(p):
 
 
 def shared_bytes(p, cfg):
-    """Shared memory, an upper bound; z takes the room of what is no longer needed."""
+    """Shared memory at most, but for up to 1 KiB between tiles that begin at multiples of that; z takes the room of what is dead."""
     bt, bc, part, N, kb = cfg["block_T"], cfg["block_C"], (2 if mma_dtype(p) == "bfloat16" else 4), half(p), p.n * cfg["block_C"]
     staged = cfg["stages"] * bt * (kb + bc) * p.itemsize
     return staged + bt * (p.n + p.n * p.n) * 4 + part * kb * (x_parts(p) * bt + 2 * N)
@@ -162,8 +163,7 @@ def invalid(p, cfg):
     live = (bt * bc * (p.n // 2 + 4) + padded(p.M, 8) * p.n * bc + 4 * bt * half(p)) // threads
     if live > 250:
         return f"block_T={bt}, block_C={bc}: {live} live registers a thread would spill"
-    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+    return too_much_shared(shared_bytes(p, cfg))
 
 
 def default(p):

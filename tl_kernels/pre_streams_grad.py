@@ -26,10 +26,11 @@ from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, sli
 from tl_kernels.coefficients import sigmoid
 from tl_kernels.gate_sums import LANES, across, dab_macros
 from tl_kernels.kept_tiles import invalid_kept, scratch_of_kept, shared_bytes_of_kept
-from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, value_of
+from tl_kernels.meeting import PASS_CONFIGS, ROLE, leave_of, number_of, place_of, tag, tagged, unserved_by, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.pre_streams_grad_kept import build_kept
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
+from tl_kernels.spec import Kernel, Tensor, too_much_shared
 from tl_kernels.streams_grad import DX
 from tl_kernels.widen import widths
 
@@ -411,15 +412,7 @@ def invalid(p, cfg):
         return f"C={p.C}, block_C={bc}: {G} blocks for the rows of 64 tokens, wanted more"
     if G * cfg["splits"] > 256:
         return f"splits={cfg['splits']}: {G * cfg['splits']} blocks, wanted about as many as there are multiprocessors"
-    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
-
-
-def unserved(p):
-    """Why no configuration serves a problem, or None."""
-    if p.dtype != "bfloat16" or p.n > 4 or p.C % vector_width(p):
-        return f"n={p.n}, C={p.C}, {p.dtype}: wanted at most 4 bfloat16 streams whose rows start on 16 bytes"
-    return invalid(p, default(p))
+    return too_much_shared(shared_bytes(p, cfg))
 
 
 def _config(block_C, splits, lag, keep=0, ahead=1, turns=2, widen=3):
@@ -462,7 +455,7 @@ pre_streams_grad = Kernel(
     },
     default=default,
     invalid=invalid,
-    unserved=unserved,
+    unserved=unserved_by(invalid, default),
     least_arch=90,
     last_arch=90,  # wgmma
     shortcut=True,
@@ -476,6 +469,5 @@ pre_streams_grad = Kernel(
     reference=reference.pre_streams_grad,
     options={},
     pass_configs=lambda cfg: PASS_CONFIGS,
-    gpu_only=("threads", "keep", "ahead", "turns", "widen"),
     resident=lambda p, cfg: ceildiv(p.C, cfg["block_C"]),
 )

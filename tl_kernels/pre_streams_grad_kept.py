@@ -29,7 +29,7 @@ from tl_kernels.kept_tiles import SMALL, WARP, columns_of, lanes_of, ring_of, sc
 from tl_kernels.meeting import ROLE, leave_of, number_of, tag, tagged, value_of
 from tl_kernels.mma import ACC, high, low, padded
 from tl_kernels.shares import shares, shares_size
-from tl_kernels.spec import ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
 from tl_kernels.widen import widen
 
 #: Named barriers; 0 is T.sync_threads(), 1 and 2 are TileLang's.

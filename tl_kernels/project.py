@@ -8,7 +8,8 @@ import tilelang.language as T
 
 from tl_kernels import reference
 from tl_kernels.mma import ACC, high, low, mma_dtype, padded, x_parts
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
+from tl_kernels.sizes import vector_width
+from tl_kernels.spec import Kernel, Tensor, too_much_shared
 
 
 def build_fwd(p, cfg):
@@ -148,29 +149,38 @@ def build_bwd(p, cfg):
     return project_bwd
 
 
-def _shared_bytes(p, cfg, backward):
-    """Static estimate of shared memory, multi-buffering of the pipelined tiles included."""
+def shared_bytes(p, cfg, backward):
+    """Shared memory; x and the parts of dz are there once a stage."""
     bt, bk, stages = cfg["block_T"], cfg["block_K"], max(1, cfg["stages"])
     part = 2 if mma_dtype(p) == "bfloat16" else 4
     x_tile = bt * bk * p.itemsize
     x_split = 0 if part == 2 else x_parts(p) * bt * bk * 4
     if backward:
         N = padded(p.M, 16)
-        return stages * x_tile + x_tile + x_split + 2 * part * N * (bt + bk)
+        return stages * x_tile + x_tile + x_split + 2 * part * N * (stages * bt + bk)
     N = padded(p.M, 8)
     return stages * (x_tile + N * bk * 4) + x_split + 2 * part * N * bk
 
 
+def _shared_out(warps, rows, columns):
+    """Whether warps can share out a product: each has a multiple of 16 rows and of 8 columns."""
+    return any(warps % m == 0 and rows % (16 * m) == 0 and columns % (8 * (warps // m)) == 0 for m in range(1, warps + 1))
+
+
 def _invalid(p, cfg, backward=False):
-    bt, threads = cfg["block_T"], cfg["threads"]
-    if bt % 16 or cfg["block_K"] % 16:
-        return f"block_T={bt}, block_K={cfg['block_K']}: wanted multiples of 16"
+    """Why a configuration cannot work, or None. What depends on the architecture is left to the compiler: before Hopper the backward has no
+    stages, and on Hopper 256 threads take bf16 parts of dz with a multiple of 32 columns only.
+    """
+    bt, bk, threads = cfg["block_T"], cfg["block_K"], cfg["threads"]
+    if bt % 16 or bk % 16:
+        return f"block_T={bt}, block_K={bk}: wanted multiples of 16"
     if not backward and bt // 16 < threads // 32:
         return f"block_T={bt}: {threads // 32} warps need at least 16 tokens each"
-    limit = SHARED_LIMIT[90] * 1024
-    if _shared_bytes(p, cfg, backward) > limit:
-        return f"{_shared_bytes(p, cfg, backward)} bytes of shared memory, wanted at most {limit}"
-    return None
+    if backward and cfg["stages"] > 1 and p.K % vector_width(p):
+        return f"stages={cfg['stages']}: K={p.K} leaves rows off 16 bytes, wanted 0"
+    if backward and not _shared_out(threads // 32, bk, padded(p.M, 16)):
+        return f"block_K={bk}, threads={threads}: {threads // 32} warps cannot share {bk} x {padded(p.M, 16)} of dphi, 16 x 8 at a time"
+    return too_much_shared(shared_bytes(p, cfg, backward))
 
 
 def _default_block(p):

@@ -13,7 +13,8 @@ import tilelang.language as T
 from tl_kernels import reference
 from tl_kernels.mma import ACC, can_stage, high, low, padded, x_parts
 from tl_kernels.pieces import pieces
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
+from tl_kernels.spec import Kernel, Tensor, too_much_shared
 
 #: Dtype that operands of a kind of MMA are declared with.
 OPERANDS = {"bf16": "bfloat16", "tf32": ACC}
@@ -147,13 +148,14 @@ def build(p, cfg):
 
 
 def shared_bytes(p, cfg):
-    """Shared memory, an upper bound."""
+    """Shared memory."""
     bt, bk, stages = cfg["block_T"], cfg["block_K"], cfg["stages"]
     if cfg["overlap"]:
         return stages * bt * bk * 2 + 4 * padded(p.M, 16) * bk * 2
     part, N = (2 if cfg["mma"] == "bf16" else 4), padded(p.M, 32)
     x_split = 0 if part == 2 else x_parts(p) * bt * bk * 4
-    return stages * bk * (bt * p.itemsize + p.M * 4) + x_split + 2 * N * (bk * part + bt * 4)
+    # z takes the room of what is dead by then
+    return max(stages * bk * (bt * p.itemsize + p.M * 4) + x_split + 2 * N * bk * part, 2 * N * bt * 4)
 
 
 def invalid(p, cfg):
@@ -177,8 +179,7 @@ def invalid(p, cfg):
         return f"block_T={bt}, block_K={bk}: {bt * bk // threads} squares a thread would spill"
     if cfg["splits"] > ceildiv(p.K, bk):
         return f"splits={cfg['splits']}: wanted at most K/block_K={ceildiv(p.K, bk)}"
-    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+    return too_much_shared(shared_bytes(p, cfg))
 
 
 def default(p):

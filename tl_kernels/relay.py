@@ -9,9 +9,9 @@ k - d - e, for which its peers had read every partial sum of that tile.
 
 import tilelang.language as T
 
-from tl_kernels.meeting import ROLE, place_of, scratch_size, tag, tagged, untagged, value_of
+from tl_kernels.meeting import ROLE, place_of, publish_of, scratch_size, tag, tagged, untagged, value_of
 from tl_kernels.mma import ACC
-from tl_kernels.spec import ceildiv
+from tl_kernels.sizes import ceildiv
 
 
 def relay_size(G, groups, bt, values, ring):
@@ -25,9 +25,9 @@ def share_of(G, bt, values):
 
 
 def relay(G, groups, bt, values, every, ring):
-    """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; the shape of the words that a
-    block adds up; and macros: ``ask`` for these words, ``add_share`` of them, asking again for those that were not there, ``ask_totals``
-    and ``read_totals``. Tiles are numbered and words published as ``meeting`` does.
+    """How many totals every block reads, the first ``every - 1`` values and the last, padded to whole roles; where the counters stand; the
+    shape of the words that a block adds up; and macros: ``publish`` as ``meeting`` has it, ``ask`` for these words, ``add_share`` of them,
+    asking again for those that were not there, ``ask_totals`` and ``read_totals``. Tiles are numbered as ``meeting`` does.
     """
     width, share = values * bt, share_of(G, bt, values)
     few = every * bt
@@ -107,7 +107,8 @@ def relay(G, groups, bt, values, every, ring):
             if e < few:
                 total_s[at, e] = value_of(word[e])
 
-    return read, (run, lanes, columns), ask, add_share, ask_totals, read_totals
+    counters = groups * ring * G * width
+    return read, counters, (run, lanes, columns), publish_of(G, width, ring), ask, add_share, ask_totals, read_totals
 
 
 #: The named barrier of the role that adds up, see tl_kernels/whole.py.

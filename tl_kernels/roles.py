@@ -59,12 +59,13 @@ def roles(p, cfg, load, work, raw):
     number, sizes = number_of(ring), (G, groups, bt, M + 1, n + 1, ring)
     copies = n if raw else n + 3  # of a tile
     spare = ahead + 1  # the first place of the streams that no tile comes to before iteration 1
-    count, counters, publish, begin, ask, add_up, write_out, leave = meeting(*sizes)
     if paired:
-        count, share_shape, counters, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals = pairs(G, groups, bt, M, n, ring)
-        leave = leave_of(G, counters, ring)
+        count, counters, share_shape, publish_sums, publish_mean, ask, add_share, ask_totals, read_totals = pairs(G, groups, bt, M, n, ring)
     elif levels == 2:
-        count, share_shape, ask, add_share, ask_totals, read_totals = relay(*sizes)
+        count, counters, share_shape, publish, ask, add_share, ask_totals, read_totals = relay(*sizes)
+    else:
+        count, counters, publish, begin, ask, add_up, write_out = meeting(*sizes)
+    leave = leave_of(G, counters, ring)
     word_type = "uint64" if paired else "uint32"
 
     def start_of(i, g):
@@ -131,7 +132,7 @@ def roles(p, cfg, load, work, raw):
             pre_s[tile % 2, t, q] = sigmoid(h) + pre_eps
 
     @T.macro
-    def add_all(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, affine, parts):
+    def add_all(i, mine, g, epoch, scratch, kept, total_s, pre_s, affine, parts):
         words = T.alloc_fragment((G, count), "uint32")
         at, until, total = kept
         if i >= summed and i < mine + summed:
@@ -146,7 +147,7 @@ def roles(p, cfg, load, work, raw):
                     total_s[i % 2, e] = total[e]
 
     @T.macro
-    def add_in_steps(i, mine, s, g, tokens, epoch, scratch, kept, total_s, pre_s, affine, parts):
+    def add_in_steps(i, mine, s, g, tokens, epoch, scratch, total_s, pre_s, affine, parts):
         words = T.alloc_fragment(share_shape, word_type)
         word = T.alloc_fragment((count,), word_type)
         if i >= summed and i < mine + summed:
@@ -159,8 +160,6 @@ def roles(p, cfg, load, work, raw):
             add_share(scratch, g, s, number(epoch, i - summed), start_of(i - summed, g), tokens, words, parts)
         if i >= totalled and i < mine + totalled:
             read_totals(scratch, g, number(epoch, i - totalled), word, total_s, i % 2)
-
-    sums = add_all if levels == 1 else add_in_steps
 
     @T.macro
     def give_u(i, t0, tokens, c0, x_s, pre_s, x_f, u_f, u, made):
@@ -280,7 +279,10 @@ def roles(p, cfg, load, work, raw):
                 bias[t, q] = b[q]
             for i in T.serial(1, mine + lag):
                 T.sync_threads(TOP, everyone)
-                sums(i, mine, s, g, tokens, epoch, words, kept, total_s, pre_s, (gain, bias), parts)
+                if levels == 1:
+                    add_all(i, mine, g, epoch, words, kept, total_s, pre_s, (gain, bias), parts)
+                else:
+                    add_in_steps(i, mine, s, g, tokens, epoch, words, total_s, pre_s, (gain, bias), parts)
 
         T.sync_threads()
         if tx == 0:

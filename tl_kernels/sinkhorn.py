@@ -8,14 +8,9 @@ matrix before a normalisation is the one after it times its sums.
 import tilelang.language as T
 
 from tl_kernels import reference
+from tl_kernels.coefficients import token_matrix
+from tl_kernels.mma import ACC
 from tl_kernels.spec import Kernel, Tensor
-
-ACC = "float32"
-
-
-def token_a_thread(bt, n):
-    """Each thread holds one token's matrix: sums over rows and columns then never leave it."""
-    return T.Fragment((bt, n, n), forward_thread_fn=lambda t, i, j: t, forward_index_fn=lambda t, i, j: i * n + j)
 
 
 def build_fwd(p, cfg):
@@ -30,7 +25,8 @@ def build_fwd(p, cfg):
             m = T.alloc_fragment((bt, n, n), ACC)
             col = T.alloc_fragment((bt, n), ACC)
             row = T.alloc_fragment((bt, n), ACC)
-            T.annotate_layout({m: token_a_thread(bt, n)})
+            # sums over rows and columns never leave the thread
+            T.annotate_layout({m: token_matrix(bt, n)})
             for t, i, j in T.Parallel(bt, n, n):
                 m[t, i, j] = T.if_then_else(t0 + t < T_, h_res[t0 + t, j, i] if rows_first else h_res[t0 + t, i, j], 0.0)
             # softmax over i, the first T_c
@@ -87,7 +83,7 @@ def build_bwd(p, cfg):
             row_dot = T.alloc_fragment((bt, n), ACC)
             col_sums = T.alloc_shared((iters, bt, n), ACC)
             row_sums = T.alloc_shared((iters, bt, n), ACC)
-            T.annotate_layout({m: token_a_thread(bt, n)})
+            T.annotate_layout({m: token_matrix(bt, n)})
             for t, i, j in T.Parallel(bt, n, n):
                 m[t, i, j] = T.if_then_else(t0 + t < T_, h_res[t0 + t, j, i] if rows_first else h_res[t0 + t, i, j], 0.0)
             for t, i, j in T.Parallel(bt, n, n):
@@ -157,6 +153,8 @@ def build_bwd(p, cfg):
 
 
 def _invalid(p, cfg):
+    if p.option("iters") < 1:
+        return f"iters={p.option('iters')}: wanted at least 1; no mixing is tl_kernels/coefficients.py's"
     return None if cfg["threads"] in SPACE["threads"] else f"threads={cfg['threads']}: wanted one of {SPACE['threads']}"
 
 

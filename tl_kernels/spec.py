@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,12 @@ Config = Mapping[str, Any]
 
 #: Largest dynamic shared memory a block may ask for, per compute capability (CUDA C++ Programming Guide, table of limits).
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+
+
+def too_much_shared(need: int) -> str | None:
+    """Why no block has that many bytes of shared memory, or None; of chips with less, the compiler says."""
+    limit = SHARED_LIMIT[90] * 1024
+    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Kernel:
     #: 32-bit words of scratch that the program takes after its results: zero before the first launch, kept for the next by every launch.
     #: Blocks of such a program wait for each other (tl_kernels/meeting.py).
     scratch: Callable[[Problem, Config], int] | None = None
-    #: Blocks that wait for each other and therefore need a multiprocessor each, where they may be more than every GPU has.
+    #: Blocks that wait for each other and therefore need a multiprocessor each: more than a small GPU, or a slice of one, may have.
     resident: Callable[[Problem, Config], int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     #: Outputs whose exact answer depends on how another output was rounded: ``(problem, inputs, results by name) -> answer``, in float64.
@@ -170,36 +177,31 @@ class Kernel:
         return any(t.token_dim is not None for t in (*self.inputs, *self.outputs))
 
     def bytes_moved(self, p: Problem, T: int) -> int:
-        """Floor in bytes: every input read once, every result written once."""
+        """Floor in bytes: every input read once, every result written once; of what comes or leaves in splits, one split."""
         return sum(t.nbytes(p, T) for t in (*self.inputs, *self.outputs))
 
     @cached_property
     def source_hash(self) -> str:
-        """Changes when the file that holds the program, or a file of this package it takes helpers from, changes."""
+        """Changes with the file that holds the program, those of this package that it imports, and those that they import. This file
+        and the reference do not count, nor does what runs a program (launch.py, cpu.py), which none of them imports.
+        """
         files: list[str] = []
         _collect(self.build.__module__, files)
         text = "".join(inspect.getsource(sys.modules[name]) for name in sorted(files))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-#: What decides no generated code.
+#: What decides no generated code: this file has only the sizes of a problem in it, which mean what its first lines say.
 _NOT_CODE = ("tl_kernels.spec", "tl_kernels.reference")
+#: An import from this package, found without parsing: that would take a third of a second of every start.
+_IMPORT = re.compile(r"^ *from tl_kernels(?:\.(\w+))? import (.*)", re.MULTILINE)
 
 
 def _collect(name: str, found: list[str]) -> None:
-    """The modules of this package that a module takes functions from, itself included."""
+    """The modules of this package that a module imports, be it for a constant, and that those import, itself included."""
     if name in found or name in _NOT_CODE or not name.startswith("tl_kernels."):
         return
     found.append(name)
-    for value in vars(sys.modules[name]).values():
-        if inspect.isfunction(value):
-            _collect(value.__module__, found)
-
-
-def vector_width(p: Problem) -> int:
-    """Stream elements in one 16-byte access."""
-    return 16 // p.itemsize
-
-
-def ceildiv(a: int, b: int) -> int:
-    return -(-a // b)
+    for module, members in _IMPORT.findall(inspect.getsource(sys.modules[name])):
+        for imported in [module] if module else members.split(", "):
+            _collect(f"tl_kernels.{imported}", found)

@@ -15,7 +15,7 @@ from tl_kernels import reference
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.meeting import PASS_CONFIGS
 from tl_kernels.mma import ACC, can_stage, high, low, mma_dtype, padded, x_parts
-from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor
+from tl_kernels.spec import SHARED_LIMIT, Kernel, Tensor, too_much_shared
 from tl_kernels.streams_grad_roles import build_roles, helpers_of, invalid_roles, shared_bytes_of_roles
 from tl_kernels.widen import widen, widths
 
@@ -44,6 +44,18 @@ def build(p, cfg):
     T_ = T.dynamic("T")
 
     stage_phi, read_rows, add_gradients, add_x, put_back, write_dx, write_dphi = slice_macros(p, cfg)
+
+    @T.macro
+    def load(t0, c0, at, tensors, tiles):
+        x, dy, du, dzs, H_res, H_pre = tensors
+        x_s, dy_s, du_s, dz_s, res_s, pre_s = tiles
+        for j in T.unroll(n):
+            fetch(x[t0 : t0 + bt, j, c0 : c0 + bc], x_s[at, :, j * bc : j * bc + bc])
+            fetch(dy[t0 : t0 + bt, j, c0 : c0 + bc], dy_s[at, :, j * bc : j * bc + bc])
+        fetch(du[t0 : t0 + bt, c0 : c0 + bc], du_s[at, :, 0:bc])
+        fetch(dzs[:, t0 : t0 + bt], dz_s[at, :, :])
+        fetch(H_res[t0 : t0 + bt, :, :], res_s[at, :, :, :])
+        fetch(H_pre[t0 : t0 + bt, :], pre_s[at, :, :])
 
     @T.prim_func
     def streams_grad(
@@ -78,15 +90,10 @@ def build(p, cfg):
             x_f = T.alloc_fragment((bt, bc), dtype)
             if cfg["swizzle"]:
                 T.annotate_layout({v: make_swizzled_layout(v) for v in (dy_s, du_s)})
+            tensors, staged = (x, dy, du, dzs, H_res, H_pre), (x_s, dy_s, du_s, dz_s, res_s, pre_s)
             tiles = T.ceildiv(T.ceildiv(T_, bt), splits)
             if stages == 2:
-                for j in T.unroll(n):
-                    fetch(x[s * bt : s * bt + bt, j, c0 : c0 + bc], x_s[0, :, j * bc : j * bc + bc])
-                    fetch(dy[s * bt : s * bt + bt, j, c0 : c0 + bc], dy_s[0, :, j * bc : j * bc + bc])
-                fetch(du[s * bt : s * bt + bt, c0 : c0 + bc], du_s[0, :, 0:bc])
-                fetch(dzs[:, s * bt : s * bt + bt], dz_s[0, :, :])
-                fetch(H_res[s * bt : s * bt + bt, :, :], res_s[0, :, :, :])
-                fetch(H_pre[s * bt : s * bt + bt, :], pre_s[0, :, :])
+                load(s * bt, c0, 0, tensors, staged)
             stage_phi(phi, block, phi_hi, phi_lo)
             T.clear(dphi_KN)
             T.clear(dz_hi)
@@ -95,25 +102,13 @@ def build(p, cfg):
                 t0 = (tile * splits + s) * bt
                 st = tile % stages
                 if stages == 1:
-                    for j in T.unroll(n):
-                        fetch(x[t0 : t0 + bt, j, c0 : c0 + bc], x_s[0, :, j * bc : j * bc + bc])
-                        fetch(dy[t0 : t0 + bt, j, c0 : c0 + bc], dy_s[0, :, j * bc : j * bc + bc])
-                    fetch(du[t0 : t0 + bt, c0 : c0 + bc], du_s[0, :, 0:bc])
-                    fetch(dzs[:, t0 : t0 + bt], dz_s[0, :, :])
-                    fetch(H_res[t0 : t0 + bt, :, :], res_s[0, :, :, :])
-                    fetch(H_pre[t0 : t0 + bt, :], pre_s[0, :, :])
+                    load(t0, c0, 0, tensors, staged)
                 else:
                     t1 = t0 + splits * bt
                     T.ptx_wait_group(0)
                     T.sync_threads()
                     if tile + 1 < tiles:
-                        for j in T.unroll(n):
-                            fetch(x[t1 : t1 + bt, j, c0 : c0 + bc], x_s[(tile + 1) % 2, :, j * bc : j * bc + bc])
-                            fetch(dy[t1 : t1 + bt, j, c0 : c0 + bc], dy_s[(tile + 1) % 2, :, j * bc : j * bc + bc])
-                        fetch(du[t1 : t1 + bt, c0 : c0 + bc], du_s[(tile + 1) % 2, :, 0:bc])
-                        fetch(dzs[:, t1 : t1 + bt], dz_s[(tile + 1) % 2, :, :])
-                        fetch(H_res[t1 : t1 + bt, :, :], res_s[(tile + 1) % 2, :, :, :])
-                        fetch(H_pre[t1 : t1 + bt, :], pre_s[(tile + 1) % 2, :, :])
+                        load(t1, c0, (tile + 1) % 2, tensors, staged)
                 for m, t in T.Parallel(M, bt):
                     dz_hi[m, t] = high(dz_s[st, m, t], mma)
                     dz_lo[m, t] = low(dz_s[st, m, t], mma)
@@ -156,7 +151,7 @@ def pad_of(cfg):
 
 
 def shared_bytes(p, cfg):
-    """Shared memory, an upper bound."""
+    """Shared memory, but for up to 1 KiB between tiles that begin at multiples of that."""
     if cfg["roles"]:
         return shared_bytes_of_roles(p, cfg)
     n, bt, bc, stages, kp = p.n, cfg["block_T"], cfg["block_C"], cfg["stages"], dphi_rows(p, cfg)
@@ -193,8 +188,7 @@ def invalid(p, cfg):
     live = (kp * padded(p.M, 16) + bt * (bc * (p.n // 2 + 1) + slices(cfg) * slice_columns(p, cfg))) // threads
     if live > 250:
         return f"block_T={bt}, block_C={bc}: {live} live registers a thread would spill"
-    need, limit = shared_bytes(p, cfg), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
+    return too_much_shared(shared_bytes(p, cfg))
 
 
 def default(p):

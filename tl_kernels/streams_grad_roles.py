@@ -15,7 +15,7 @@ import tilelang.language as T
 from tl_kernels.channel_slice import dphi_rows, slice_columns, slice_macros, slices
 from tl_kernels.meeting import ROLE
 from tl_kernels.mma import ACC, high, low, padded
-from tl_kernels.spec import ceildiv
+from tl_kernels.sizes import ceildiv
 from tl_kernels.widen import widen
 
 #: A named barrier of main's threads; 0 is T.sync_threads(), 1 and 2 are TileLang's.

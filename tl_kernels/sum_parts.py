@@ -6,9 +6,10 @@ One launch: the first block of row 0 of the grid sums dab, each block of another
 import tilelang.language as T
 
 from tl_kernels import reference
-from tl_kernels.spec import Kernel, Tensor, ceildiv
+from tl_kernels.mma import ACC
+from tl_kernels.sizes import ceildiv
+from tl_kernels.spec import Kernel, Tensor
 
-ACC = "float32"
 #: Splits of dab summed beside each other, then among themselves: there are more of them than of dphi.
 LANES = 32
 

@@ -2,7 +2,7 @@
 
 import tilelang.language as T
 
-from tl_kernels.spec import ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
 
 THREADS = (32, 64, 80, 96, 128, 160, 192, 256, 320, 512)
 
@@ -13,10 +13,10 @@ def channel_blocks(p, cfg):
 
 
 def row_space(p, reduces=False, largest=4096):
-    """Channel block and threads. Blocks that divide C come first, then powers of two that waste little of their last block."""
+    """Channel block and threads: blocks that divide C, and powers of two, however few channels there are."""
     vec = vector_width(p)
     blocks = {b for b in range(32 * vec, largest + 1, 8 * vec) if p.C % b == 0}
-    blocks |= {1 << k for k in range(5, 13) if vec <= 1 << k <= largest and (1 << k) < 2 * p.C}
+    blocks |= {1 << k for k in range(5, 13) if vec <= 1 << k <= largest and (1 << k) < max(2 * p.C, row_min(p) + 1)}
     return {"block_C": tuple(sorted(blocks)), "threads": tuple(t for t in THREADS if not reduces or t & (t - 1) == 0)}
 
 

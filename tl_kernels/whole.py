@@ -14,11 +14,12 @@ from functools import partial
 
 import tilelang.language as T
 
-from tl_kernels.meeting import PASS_CONFIGS, ROLE, scratch_size
+from tl_kernels.meeting import PASS_CONFIGS, ROLE, scratch_size, unserved_by
 from tl_kernels.mma import padded
 from tl_kernels.pairs import exchanged, pairs_size
 from tl_kernels.relay import relay_size, share_of
-from tl_kernels.spec import SHARED_LIMIT, Kernel, ceildiv, vector_width
+from tl_kernels.sizes import ceildiv, vector_width
+from tl_kernels.spec import Kernel, too_much_shared
 
 #: Blocks of a group wait for each other, so all of them must fit the GPU at once: a little less than the 78 multiprocessors of an H20.
 MOST_BLOCKS = 72
@@ -136,9 +137,9 @@ def shared_bytes(p, cfg, mixes):
 def invalid(p, cfg, mixes=True):
     """Why a configuration cannot work, or None. ``mixes``: see :func:`shared_bytes`."""
     bt, bc, threads = cfg["block_T"], cfg["block_C"], cfg["threads"]
-    G, part = ceildiv(p.C, bc), threads * vector_width(p) // bc
-    if bt not in (16, 32, 64) or bc not in (64, 128, 256):
-        return f"block_T={bt}, block_C={bc}: wanted 16, 32 or 64 tokens and 64, 128 or 256 channels"
+    G, part = group_of(p, cfg), part_of(p, cfg)
+    if bt not in SPACE["block_T"] or bc not in SPACE["block_C"]:
+        return f"block_T={bt}, block_C={bc}: wanted {SPACE['block_T']} tokens and {SPACE['block_C']} channels"
     if threads % 128 or bt % max(1, part):
         return f"threads={threads}: wanted a multiple of 128 that works on a divisor of block_T={bt} tokens at a time, not {part}"
     if G > MOST_BLOCKS:
@@ -158,15 +159,7 @@ def invalid(p, cfg, mixes=True):
         return f"block_T={bt}, block_C={bc}: {live} words a thread would spill"
     if (held := phi_registers(p, cfg)) > 128:
         return f"block_C={bc}: {held} registers a thread for {p.n * bc} channels of phi, wanted at most 128"
-    need, limit = shared_bytes(p, cfg, mixes), SHARED_LIMIT[90] * 1024
-    return f"{need} bytes of shared memory, wanted at most {limit}" if need > limit else None
-
-
-def unserved(p):
-    """Why no configuration serves a problem, or None."""
-    if p.dtype != "bfloat16" or p.n > 4 or p.C % vector_width(p):
-        return f"n={p.n}, C={p.C}, {p.dtype}: wanted at most 4 bfloat16 streams whose rows start on 16 bytes"
-    return invalid(p, default(p))
+    return too_much_shared(shared_bytes(p, cfg, mixes))
 
 
 #: What a search may choose from; configurations below are in this order.
@@ -228,10 +221,6 @@ _ALL = (*_GIVE, *((*config, 8, 3, 3) for config in _BEST[:3]), *((*config, 4, 3,
 SEEDS = tuple(dict(zip(SPACE, config, strict=True)) for config in _ALL)
 
 
-def space(p):
-    return SPACE
-
-
 def pass_configs(cfg):
     """No barriers but those written, no bounds checks but those written."""
     return {**PASS_CONFIGS, "tl.disable_safe_memory_legalize": True}
@@ -240,16 +229,16 @@ def pass_configs(cfg):
 def whole_pass(mixes, **own):
     """The spec of a pass, but for what is its ``own``. ``mixes``: see :func:`shared_bytes`."""
     return Kernel(
-        space=space,
+        space=lambda p: SPACE,
         default=default,
         invalid=partial(invalid, mixes=mixes),
-        unserved=unserved,
+        unserved=unserved_by(invalid, default),
         least_arch=90,
         shortcut=True,
         scratch=scratch_of,
+        resident=group_of,
         seeds=SEEDS,
         options={"norm_eps": 1e-6, "pre_eps": 1e-6},
         pass_configs=pass_configs,
-        gpu_only=("threads", "ahead", "groups", "early", "widen"),
         **own,
     )

@@ -6,6 +6,8 @@ import torch
 from tests.conftest import relative_error
 from tests.tl_kernels.checks import check, launcher, problems
 from tl_kernels import KERNELS, reference
+from tl_kernels.project import shared_bytes
+from tuner.compile_job import lowered_shared_bytes
 from tuner.inputs import make_inputs
 
 
@@ -23,6 +25,37 @@ def test_huge_and_zero_rows_stay_finite(device):
     assert torch.isfinite(z).all()
     assert rinv[0].item() == pytest.approx(1e3, rel=1e-4)  # rsqrt(norm_eps)
     assert rinv[1].item() == 0  # mean(x^2) overflows
+
+
+TILES = {"block_T": 64, "block_K": 64, "threads": 128, "stages": 2, "splits": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "dtype", "stages"),
+    [("project", 4, "bfloat16", 2), ("project_bwd", 4, "bfloat16", 2), ("project_bwd", 2, "float32", 2), ("project_bwd", 1, "bfloat16", 0)],
+)
+def test_shared_memory_is_known_exactly(name, n, dtype, stages):
+    kernel, cfg = KERNELS[name], {**TILES, "stages": stages}
+    p = kernel.problem(n, 2560, dtype)
+    assert shared_bytes(p, cfg, name == "project_bwd") == lowered_shared_bytes(kernel, kernel.build(p, cfg), cfg, "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("n", "C", "change", "why"),
+    [
+        (3, 130, {}, "stages=2: K=390 leaves rows off 16 bytes"),
+        (3, 130, {"stages": 0}, None),
+        (4, 130, {}, None),
+        (8, 2560, {"block_K": 32, "threads": 256}, "8 warps cannot share 32 x 80 of dphi"),
+        (2, 2560, {"block_K": 32, "threads": 256}, "8 warps cannot share 32 x 16 of dphi"),
+        (4, 2560, {"block_K": 32, "threads": 256}, None),
+        (8, 2560, {"block_K": 32}, None),
+    ],
+)
+def test_what_cannot_be_compiled_says_why(n, C, change, why):
+    kernel = KERNELS["project_bwd"]
+    said = kernel.invalid(kernel.problem(n, C), {**TILES, **change})
+    assert why in said if why else said is None
 
 
 @pytest.mark.gpu

@@ -8,8 +8,9 @@ from tests.tl_kernels.checks import FEW, check, problems
 from tl_kernels import KERNELS
 from tl_kernels.mma import padded
 from tl_kernels.pieces import pieces
+from tl_kernels.project_parts import shared_bytes
 from tl_kernels.spec import MAX_N
-from tuner.compile_job import lowered
+from tuner.compile_job import lowered, lowered_shared_bytes
 
 
 @problems(FEW)
@@ -26,6 +27,7 @@ def test_tf32_parts_of_bfloat16_streams(name, device, n, C, dtype):
     check(name, device, n, C, dtype, cfg=cfg)
 
 
+KNOBS = ("block_T", "block_K", "splits", "threads", "stages", "mma", "overlap")
 #: Tokens and channels of a block, splits, threads, stages: one and several warpgroups, tiles and splits that K does not fill, few tiles.
 OVERLAPPED = {1: (64, 32, 1, 128, 2), 3: (64, 64, 4, 128, 4), 4: (128, 128, 2, 256, 3), 8: (256, 64, 4, 512, 3)}
 
@@ -50,6 +52,22 @@ def test_every_thread_loads_as_much_of_phi(n):
             rows, wide = pieces(p, cfg["block_K"], cfg["threads"])
             assert p.M <= rows <= padded(p.M, 16)
             assert rows * cfg["block_K"] % (wide * cfg["threads"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "cfg"),
+    [
+        (1, "bfloat16", (256, 32, 2, 256, 1, "bf16", 0)),  # z needs more than the tiles before it
+        (8, "bfloat16", (64, 128, 2, 256, 3, "bf16", 0)),  # and would not fit beside these
+        (4, "float32", (64, 64, 2, 128, 2, "tf32", 0)),
+        (8, "bfloat16", (256, 64, 4, 512, 4, "bf16", 1)),
+    ],
+)
+def test_shared_memory_is_known_exactly(n, dtype, cfg):
+    kernel, cfg = KERNELS["project_parts"], dict(zip(KNOBS, cfg, strict=True))
+    p = kernel.problem(n, 2560, dtype)
+    assert kernel.invalid(p, cfg) is None
+    assert shared_bytes(p, cfg) == lowered_shared_bytes(kernel, kernel.build(p, cfg), cfg, "sm_90a")
 
 
 @pytest.mark.parametrize(("n", "cfg"), list(OVERLAPPED.items()))

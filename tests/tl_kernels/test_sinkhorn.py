@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.tl_kernels.checks import COEFFICIENTS, FEW_COEFFICIENTS, check, launcher, problems
+from tl_kernels import KERNELS
 
 
 @problems(FEW_COEFFICIENTS, COEFFICIENTS)
@@ -16,6 +17,14 @@ def test_matches_the_reference(name, device, n, C, dtype):
 @pytest.mark.parametrize("name", ["sinkhorn", "sinkhorn_bwd"])
 def test_options_reach_the_program(name, options, device):
     check(name, device.type, 4, 64, **options)
+
+
+@pytest.mark.parametrize("name", ["sinkhorn", "sinkhorn_bwd"])
+def test_no_iterations_are_refused(name):
+    """They would leave a softmax, and ``coefficients`` takes them for the identity."""
+    kernel = KERNELS[name]
+    p = kernel.problem(4, 64, iters=0)
+    assert "iters=0: wanted at least 1" in kernel.invalid(p, kernel.default(p))
 
 
 @pytest.mark.parametrize("order", ["columns_first", "rows_first"])

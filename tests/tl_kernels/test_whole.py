@@ -1,10 +1,12 @@
 """``project_pre`` and ``post_res_project_pre``: a token's row on chip, in groups of blocks that wait for each other."""
 
 import pytest
+import torch
 
 from tests.tl_kernels.checks import check, check_graphs, check_order, check_scratch, launcher
-from tl_kernels import KERNELS, WHOLE
+from tl_kernels import KERNELS, WHOLE, launch
 from tl_kernels.cpu import available
+from tl_kernels.launch import Launcher
 from tl_kernels.meeting import scratch_size
 from tl_kernels.whole import group_of, shared_bytes
 from tuner.compile_job import lowered_shared_bytes
@@ -149,8 +151,8 @@ def test_rules_of_a_configuration(name):
     good = {**WIDE, "block_T": 32, "groups": 6}
     assert kernel.invalid(p, good) is None
     for change, why in (
-        ({"block_T": 24}, "wanted 16, 32 or 64 tokens"),
-        ({"block_C": 32}, "64, 128 or 256 channels"),
+        ({"block_T": 64}, "wanted (16, 32) tokens"),
+        ({"block_C": 32}, "(64, 128, 256) channels"),
         ({"threads": 192}, "wanted a multiple of 128"),
         ({"block_T": 16, "block_C": 64}, "divisor of block_T=16 tokens at a time, not 32"),
         ({"groups": 16}, "groups=16: 320 blocks"),
@@ -199,6 +201,15 @@ def test_needs_hopper(name):
     assert kernel.unserved_on(p, "sm_100a") is None
     for arch in ("cpu", "sm_89"):
         assert kernel.unserved_on(p, arch) == f"{name}: wanted compute capability 9.0 or later, not {arch}"
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_gpu_too_small_to_hold_a_group_is_an_error_not_a_hang(monkeypatch, name):
+    """A MIG slice of one seventh of an H100 has 16 multiprocessors."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "multiprocessors", lambda: 16)
+    with pytest.raises(ValueError, match=f"{name}: 20 blocks wait for each other, wanted at most 16"):
+        Launcher(KERNELS[name], KERNELS[name].problem(4, 2560), {**WIDE, "groups": 1}, "sm_90a")
 
 
 @pytest.mark.parametrize("name", WHOLE)
