@@ -258,6 +258,13 @@ def test_where_no_worker_can_start_nothing_is_stored(make_pipeline, monkeypatch,
     assert again.entries
 
 
+def test_a_compile_that_met_with_trouble_is_made_again(make_pipeline):
+    run = make_pipeline([make_task(T=64), make_task(T=128)], trials=3, compile=planted.compile_at_the_second_try)
+    run.run()
+    assert [[r.outcome for r in outcomes(run, study).values()] for study in (0, 1)] == [["ok"] * 3] * 2
+    assert all(study.search.default_result for study in run.studies)
+
+
 def test_what_alone_meets_with_trouble_is_left_for_another_run(make_pipeline):
     run = make_pipeline([make_task()], trials=50, compile=planted.compile_without_memory)
     run.run()
