@@ -55,6 +55,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+def here(fake, real):
+    """``fake`` for the thread that asks now, ``real`` for others: programs that later tests need may be compiled meanwhile."""
+    thread = threading.get_ident()
+    return lambda *args: (fake if threading.get_ident() == thread else real)(*args)
+
+
 def python_path(*folders: object) -> str:
     """``PYTHONPATH`` for a child: these folders before what is on it already (on a GPU machine, packages that have no other place)."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,6 +1,6 @@
 """Devices and backends the tests of ``mhc`` run on, and inputs for every operator.
 
-What the tests of the fused operators need on the CPU target is compiled ahead of them, on all cores.
+What the tests of the fused operators need on the CPU target is compiled ahead of them, on all cores, where they run in one process.
 """
 
 import os
@@ -38,7 +38,8 @@ def pytest_collection_finish(session):
     from tl_kernels import KERNELS, cpu
 
     fused = any(item.path.name in ("test_chain.py", "test_fused.py") and "cpu-tilelang" in item.name for item in session.items)
-    if session.config.option.collectonly or not fused or not cpu.available():
+    # under pytest-xdist every worker would compile everything: there tests compile side by side anyway
+    if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER") or not fused or not cpu.available():
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for signature in (*FUSED_KERNELS.values(), SIGNATURES["pre"], SIGNATURES["post_res"]):

@@ -14,6 +14,7 @@ import torch
 
 import mhc
 from mhc import bundle as bundles
+from tests.conftest import here
 from tests.mhc.bundled import TOKENS, N, results, start, write_profile
 from tl_kernels import KERNELS, deferred, launch, reference
 from tl_kernels.cpu import available
@@ -58,7 +59,7 @@ def compiled(monkeypatch):
         names.append(kernel.name)
         return lambda *tensors: None
 
-    monkeypatch.setattr(launch, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(launch, "compile_kernel", here(compile_kernel, launch.compile_kernel))
     return names
 
 
