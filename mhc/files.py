@@ -21,9 +21,9 @@ def read_text(path: str | Path, max_bytes: int) -> str:
     except ValueError as e:  # a NUL in the name
         raise OSError(str(e)) from None
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError("is no regular file")
-        with open(handle, "rb", closefd=False) as stream:
+        with open(handle, "rb", closefd=False) as stream:  # which refuses a folder, and would not close it
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError("is no regular file")
             content = stream.read(max_bytes + 1)
     finally:
         os.close(handle)

@@ -119,7 +119,7 @@ def test_a_folder_is_no_profile(tmp_path):
     closed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "close", lambda handle, close=os.close: closed.append(handle) or close(handle))
-        with pytest.raises(ProfileError, match="cannot be read: is no regular file"):
+        with pytest.raises(ProfileError, match="cannot be read: Is a directory"):
             read_profile(tmp_path)
     assert len(closed) == 1
 

@@ -136,7 +136,7 @@ def test_what_a_run_lacks_is_said(change, wanted):
         ({"shape": "3x2"}, "--shape: got '3x2', wanted TxnxC such as 8192x4x2560"),
         ({"shape": "3x2x32:ours"}, "--shape: got '3x2x32:ours', wanted TxnxC such as 8192x4x2560"),
         ({"dtype": "int8"}, "unknown dtype"),
-        ({"bundle": "nowhere"}, "--bundle: nowhere/manifest.json: "),
+        ({"bundle": "nowhere"}, "/nowhere/manifest.json: cannot be read"),
         ({"rival_envs": ("liger",)}, "--rival-env"),
     ],
 )
