@@ -126,7 +126,8 @@ class HyperConnection(Float32Parameters):
         device, dtype: of the parameters; dtype must be float32.
 
     Raises:
-        ValueError: an argument out of range, or x or f of another shape; TypeError where parameters were replaced by narrower ones.
+        ValueError: an argument out of range, or x, f or a context of another shape.
+        TypeError: parameters replaced by narrower ones, a layer's output that is no tensor, ``sinkhorn_iters`` that is no whole number.
     """
 
     def __init__(

@@ -124,7 +124,7 @@ class Signature:
         return Problem(size["n"], size["C"] if channels else 1, dtype, tuple(sorted(mine.items())))
 
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise ValueError for an option that means nothing."""
+        """Raise ValueError for an option that means nothing, TypeError for rounds that are no whole number."""
         check_sinkhorn(options.get("iters", 1), options.get("order", ORDERS[0]), self.least_iters)
 
     def empty(self, args: Sequence[torch.Tensor], size: dict[str, int]) -> list[torch.Tensor]:

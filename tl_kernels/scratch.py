@@ -8,7 +8,6 @@ their results.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import sys
@@ -44,12 +43,11 @@ def scratch(kept: Kept, device: torch.device, words: int) -> torch.Tensor:
 def _of_cudagraph_trees(device: int, stream: int) -> bool:
     """Whether it is the stream on which Inductor warms up and records its CUDA graphs, and whose allocations are from their pool."""
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    if trees is None:
+    # a thread that has no trees would get some of its own by being asked, and autograd's go on with those
+    if trees is None or not torch._C._is_key_in_tls("tree_manager_containers"):
         return False
-    with contextlib.suppress(AssertionError):  # torch 2.10: in a thread that has no trees
-        manager = trees.get_manager(device, create_if_none_exists=False)
-        return manager is not None and manager.stream.cuda_stream == stream
-    return False
+    manager = trees.get_manager(device, create_if_none_exists=False)
+    return manager is not None and manager.stream.cuda_stream == stream
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mhc.profile import ProfileError, read_profile, save_profile
 from mhc.schema import Profile
+from tests.conftest import here
 from tests.mhc.profiles import entry, profile
 from tests.mhc.test_schema import PROFILE
 
@@ -118,7 +119,7 @@ def test_a_file_that_is_no_text_or_not_there(tmp_path, content):
 def test_a_folder_is_no_profile(tmp_path):
     closed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "close", lambda handle, close=os.close: closed.append(handle) or close(handle))
+        patch.setattr(os, "close", here(lambda handle, close=os.close: closed.append(handle) or close(handle), os.close))
         with pytest.raises(ProfileError, match="cannot be read: Is a directory"):
             read_profile(tmp_path)
     assert len(closed) == 1

@@ -56,6 +56,7 @@ def test_nothing_stays_in_the_pool_of_inductors_graphs(gpu, monkeypatch, capture
     manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=9))
     trees = SimpleNamespace(get_manager=lambda device, create_if_none_exists: manager)
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    monkeypatch.setattr(torch._C, "_is_key_in_tls", lambda key: key == "tree_manager_containers")
     eager = scratch(mine, CUDA, 8)
     gpu.stream, gpu.capture = 9, capture
     first, second = scratch(mine, CUDA, 8), scratch(mine, CUDA, 8)
@@ -68,13 +69,18 @@ def test_nothing_stays_in_the_pool_of_inductors_graphs(gpu, monkeypatch, capture
 def test_inductor_knows_the_stream_of_its_graphs_by_these_names():
     """scratch.py asks torch's own module."""
     trees = importlib.import_module("torch._inductor.cudagraph_trees")
-    assert trees.get_manager(0, create_if_none_exists=False) is None
-    assert not module._of_cudagraph_trees(0, 0)
+    assert "tree_manager_containers" in Path(trees.__file__).read_text()
+    assert not module._of_cudagraph_trees(0, -1)
     found = []
-    thread = threading.Thread(target=lambda: found.append(module._of_cudagraph_trees(0, 0)))
+
+    def elsewhere():
+        found.append(module._of_cudagraph_trees(0, -1))
+        found.append(hasattr(trees.local, "tree_manager_containers"))
+
+    thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert found == [False]
+    assert found == [False, False]  # and asking leaves nothing behind
     assert "self.stream = torch.cuda.Stream()" in Path(trees.__file__).read_text()
 
 
