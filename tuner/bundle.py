@@ -31,6 +31,8 @@ from tuner.workers import WorkerError, cores
 
 #: Exit code where some programs, or all, could not be compiled.
 INCOMPLETE = 1
+#: Seconds for one program: a bundle is built where nobody waits, maybe on a busy machine.
+COMPILE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def compile_bundle(request: CompileRequest) -> int:
     try:
         with term_is_interrupt(), _new_folder(request.output) as folder:
             # distinct programs have distinct labels: what else their keys hold follows from n and C
-            found = compile_each(library_job, {w.label: (w.kernel, w.p, w.config, where.arch) for w in programs}, request.jobs, console)
+            args = {w.label: (w.kernel, w.p, w.config, where.arch) for w in programs}
+            found = compile_each(library_job, args, request.jobs, console, timeout=COMPILE_TIMEOUT_S)
             failed = [(w, str(found[w.label])) for w in programs if isinstance(found[w.label], WorkerError)]
             built = [_keep(w, found[w.label], folder) for w in programs if not isinstance(found[w.label], WorkerError)]
             if built:

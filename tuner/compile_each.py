@@ -28,12 +28,15 @@ def compile_each(
     console: Console,
     what: str = "compiling",
     path: Sequence[str] | None = None,
+    timeout: float | None = None,
 ) -> dict[str, Any]:
     """Call ``job`` with each of ``args`` in ``jobs`` processes (default: every core) that see no GPU. Returns results by the same names, or
-    the :class:`WorkerError` where there is none. ``path``: where the processes import from, see :class:`tuner.workers.WorkerPool`.
+    the :class:`WorkerError` where there is none. ``path``: where the processes import from, see :class:`tuner.workers.WorkerPool`;
+    ``timeout``: seconds for one.
     """
     from tuner.bench_compile import COMPILE_S
 
+    timeout = timeout or COMPILE_S
     found: dict[str, Any] = {}
     start = time.monotonic()
     with (
@@ -41,7 +44,7 @@ def compile_each(
         WorkerPool(max(1, min(jobs or cores(), len(args))), env=COMPILE_ENV, nice=10, path=path) as pool,
     ):
         bar = progress.add_task(what, total=len(args))
-        futures = {pool.submit(job, *given, timeout=COMPILE_S): name for name, given in args.items()}
+        futures = {pool.submit(job, *given, timeout=timeout): name for name, given in args.items()}
         for count, future in enumerate(as_they_end(futures), 1):
             name = futures[future]
             try:

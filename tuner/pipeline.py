@@ -167,15 +167,15 @@ class Pipeline:
     def _finish_copy(self) -> None:
         """Wait for the first device's bandwidth; it stands for all, which are of one kind."""
         if self.copy_gbps == 0.0:
-            why = "no device is left"
+            why, kind = "no device is left", TuneError
             for runner in self._runners:
                 assert runner.copy is not None
                 try:
                     self.copy_gbps = runner.copy.result()
                     return
                 except WorkerError as e:
-                    why = str(e)
-            raise TuneError(f"the copy that measures bandwidth failed on {self.settings.hardware.name}: {why}")
+                    why, kind = str(e), MachineTrouble if isinstance(e, WorkerTrouble) else TuneError
+            raise kind(f"the copy that measures bandwidth failed on {self.settings.hardware.name}: {why}")
 
     def _known_copy(self) -> float:
         """The bandwidth, 0 as long as it is not known."""
@@ -364,7 +364,7 @@ class Pipeline:
             job.study.search.give_up_confirmation()
             job.study.state = "searching"
         else:
-            job.study.search.withdraw(job.configs[0])
+            job.study.search.withdraw(job.configs[0], "its device was lost")
 
     def _lose(self, runner: Runner, why: str) -> None:
         """A device is gone: what it was given goes to the others, as long as there are any."""

@@ -365,7 +365,7 @@ class Search:
     def release(self) -> None:
         """Give back everything: this process ends."""
         for cfg in list(self.inflight.values()):
-            self.withdraw(cfg)
+            self.withdraw(cfg, "its run ended")
         self.give_up_confirmation()
 
     # -- the confirmation ---------------------------------------------------------------------------------------------------------

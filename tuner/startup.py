@@ -106,6 +106,9 @@ def run_startup(request: StartupRequest) -> int:
         result["complete"] = True
     except KeyboardInterrupt:
         code = INTERRUPTED
+    if not result["rows"]:
+        print(f"mhc-tune startup: interrupted before anything was measured; {out} is as it was", file=sys.stderr)
+        return code
     print(markdown(result), end="")  # first: the disk may be full
     _write(result, out)
     return code or (1 if any(row["rival"] == "ours" and row["failure"] for row in result["rows"]) else 0)

@@ -32,8 +32,11 @@ def trouble(error: BaseException) -> str | None:
 
 def _no_room() -> str | None:
     """Whether compilers can write: TileLang sends what g++ says of it to the log, its error does not have it."""
-    # both: with TMPDIR full, Python takes another folder, and compilers do not
-    for folder in dict.fromkeys((os.environ.get("TMPDIR"), tempfile.gettempdir())):
-        if folder and os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < ROOM:
-            return f"{folder}: {free} bytes are free, wanted {ROOM} for temporary files"
+    try:
+        # both: with TMPDIR full, Python takes another folder, and compilers do not
+        for folder in dict.fromkeys((os.environ.get("TMPDIR"), tempfile.gettempdir())):
+            if folder and os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < ROOM:
+                return f"{folder}: {free} bytes are free, wanted {ROOM} for temporary files"
+    except OSError as e:  # no folder takes a file
+        return e.strerror or str(e)
     return None

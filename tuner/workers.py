@@ -6,6 +6,7 @@ takes its nvcc along), driven by one thread of this process. Jobs are module-lev
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -99,6 +100,8 @@ class _Process:
                 raise WorkerTimeout(f"no result within {timeout:.0f} s")
             return self._in.recv()
         except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(1)  # it closes the pipe before it says how it ended
             self.kill()
             code = self.popen.returncode
             try:

@@ -70,9 +70,10 @@ def make_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         related: tuple[Profile, ...] = (),
         rounds: int = EFFORT.rounds,
         seed: int = 0,
+        copy: Callable[..., Any] = planted.copy_ok,
     ) -> Pipeline:
         monkeypatch.setattr(pipeline_module, "related_profiles", lambda arch, gpu, sm_count: list(related))
-        jobs = {"compile_job": compile, "measure_job": measure, "confirm_job": confirm, "copy_job": planted.copy_ok}
+        jobs = {"compile_job": compile, "measure_job": measure, "confirm_job": confirm, "copy_job": copy}
         for name, job in jobs.items():
             monkeypatch.setattr(pipeline_module, name, job)
         log = tmp_path / "workers.log"

@@ -89,6 +89,17 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
     assert "\n\n**Interrupted: not everything was measured.**\n\n| implementation |" in text
 
 
+def test_ctrl_c_before_anything_was_measured_leaves_the_earlier_result(tmp_path, monkeypatch, capsys):
+    def planted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_start", planted)
+    (tmp_path / "startup.json").write_text("of before")
+    assert run_startup(replace(TINY, out=tmp_path)) == INTERRUPTED
+    assert (tmp_path / "startup.json").read_text() == "of before"
+    assert "interrupted before anything was measured" in capsys.readouterr().err
+
+
 def test_an_interpreter_that_cannot_be_executed_is_a_row_that_says_why(tmp_path):
     (tmp_path / "python").write_text("#!/nowhere/python\n")
     code, rows, _ = run(replace(TINY, rivals="eager", rival_envs=(f"eager={tmp_path / 'python'}",)), tmp_path)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,16 @@ def test_a_device_that_is_kept_and_a_lack_of_memory_are_of_the_machine(free):
 @pytest.mark.parametrize("error", [raised(errno.ENOENT), RuntimeError("no layout found"), ValueError(), RuntimeError("CUDA out of memory")])
 def test_anything_else_is_the_jobs(free, error):
     assert trouble(error) is None
+
+
+def test_where_no_folder_takes_a_file_is_of_the_machine(free, monkeypatch):
+    """One file system, and it is full: Python tries them all, the working folder last."""
+
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert "No usable temporary directory" in trouble(RuntimeError("}"))
 
 
 def test_where_the_compiler_had_no_room_whatever_it_said_is_of_the_machine(free):
