@@ -14,7 +14,10 @@ Block = HyperConnection | tuple[HyperConnection, Callable[[torch.Tensor], Any]]
 
 
 def _split(block: Block) -> tuple[HyperConnection, Callable[[torch.Tensor], Any]]:
-    connection, layer = (block, block.layer) if isinstance(block, HyperConnection) else block
+    pair = (block, block.layer) if isinstance(block, HyperConnection) else block
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], HyperConnection)):
+        raise TypeError(f"block: got {type(block).__name__}, wanted a HyperConnection or a pair (HyperConnection, layer)")
+    connection, layer = pair
     if layer is None:
         raise TypeError("layer: got None, wanted HyperConnection(dim, n, layer) or a pair (connection, layer)")
     return connection, layer

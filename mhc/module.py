@@ -206,11 +206,16 @@ class HyperConnection(Float32Parameters):
             ctx = Context(x_TnC, H_post, H_res)
         return u if x.dim() == 3 else u.view(*x.shape[:-2], self.dim), ctx
 
-    def _layer_output(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """f [..., dim] -> [T, dim] in the streams' dtype. Raises TypeError or ValueError naming f, ValueError naming ctx."""
-        T, n, dim = ctx.x.shape
+    def _check_context(self, ctx: Context) -> None:
+        if not isinstance(ctx, Context):
+            raise TypeError(f"ctx: got {type(ctx).__name__}, wanted the Context of pre() or cross(), after the layer's output")
+        _, n, dim = ctx.x.shape
         if n != self.n or dim != self.dim:
             raise ValueError(f"ctx: got streams of shape {tuple(ctx.x.shape)}, wanted [T, n={self.n}, dim={self.dim}]")
+
+    def _layer_output(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
+        """f [..., dim] -> [T, dim] in the streams' dtype. Raises TypeError or ValueError naming f."""
+        T = ctx.x.shape[0]
         if not isinstance(f, torch.Tensor):
             raise TypeError(f"f: got {type(f).__name__}, wanted the layer's output, a tensor [..., dim={self.dim}]")
         if f.shape == (T, self.dim) and f.dtype is ctx.x.dtype:
@@ -221,6 +226,7 @@ class HyperConnection(Float32Parameters):
 
     def post(self, f: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Layer output f [..., dim] -> new streams [..., n, dim]. f is cast to the streams' dtype first, as under autocast."""
+        self._check_context(ctx)
         f_TC = self._layer_output(f, ctx)
         if ctx.ticket is None:
             y = ops.post_res(ctx.x, f_TC, ctx.H_post, ctx.H_res)
@@ -234,6 +240,7 @@ class HyperConnection(Float32Parameters):
         ctx is the previous connection's, of as many streams and channels as this one; its other options may differ. The streams in
         between are ``x`` of the Context that comes back, without gradient.
         """
+        self._check_context(ctx)
         ticket = ctx.ticket
         if self.fused and ticket is None and not torch.is_grad_enabled():
             ticket = new_ticket(ctx.x)  # a previous pre() under no_grad gives none; here too nothing gets a gradient

@@ -167,7 +167,7 @@ class Profile(Strict):
 
     schema_version: Literal[1]
     provenance: Provenance
-    entries: list[Entry]
+    entries: list[Entry] = Field(repr=False)  # hundreds: what a prompt shows of a profile is where it is from
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> Profile:

@@ -97,7 +97,8 @@ def compile_bundle(request: CompileRequest) -> int:
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
     if not programs:
-        raise TuneError(f"{source}: nothing to compile of {', '.join(names)}, wanted entries that TileLang serves")
+        of = f" of {', '.join(names)}" if request.kernels else ""
+        raise TuneError(f"{source}: nothing to compile{of}, wanted entries that TileLang serves; mhc-tune --gpu {source} makes entries")
     jobs = min(request.jobs or cores(), len(programs))
     console.print(
         f"mhc-tune compile: {len(programs)} programs of {source} for {where.gpu} ({where.arch}) into {request.output}, compile processes:"

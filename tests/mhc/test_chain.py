@@ -105,6 +105,11 @@ class TestChain:
         assert torch.equal(mhc.chain(x, modules[:1]), modules[0](x))
         assert mhc.chain(x, []) is x
 
+    @pytest.mark.parametrize("block", [nn.Identity(), (nn.Identity(), mhc.HyperConnection(DIM, N)), (mhc.HyperConnection(DIM, N),)])
+    def test_what_is_no_block(self, block):
+        with pytest.raises(TypeError, match=r"block: got \w+, wanted a HyperConnection or a pair \(HyperConnection, layer\)"):
+            mhc.chain(streams(5), [block])
+
     def test_a_connection_without_a_layer(self):
         with pytest.raises(TypeError, match="layer: got None"):
             mhc.chain(streams(5), [mhc.HyperConnection(DIM, N)])

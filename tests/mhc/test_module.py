@@ -277,6 +277,13 @@ class TestOptions:
         with pytest.raises(TypeError, match=r"f: got \w+, wanted the layer's output, a tensor \[\.\.\., dim=32\]"):
             hc(torch.zeros(5, 4, 32))
 
+    def test_a_context_before_the_layer_output(self):
+        hc = mhc.HyperConnection(32)
+        u, ctx = hc.pre(torch.zeros(5, 4, 32))
+        for call in (hc.post, hc.cross):
+            with pytest.raises(TypeError, match=r"ctx: got Tensor, wanted the Context of pre\(\) or cross\(\), after the layer's output"):
+                call(ctx, u)
+
     def test_a_context_of_other_streams(self):
         _, ctx = mhc.HyperConnection(32, 2).pre(torch.zeros(5, 2, 32))
         with pytest.raises(ValueError, match=r"ctx: got streams of shape \(5, 2, 32\), wanted \[T, n=4, dim=32\]"):

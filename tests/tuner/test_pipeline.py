@@ -245,7 +245,7 @@ def test_trouble_with_the_machine_is_no_configurations_failure(make_pipeline, jo
 
 def test_a_device_kept_while_its_bandwidth_is_measured_is_the_machines_trouble_too(make_pipeline):
     run = make_pipeline([gpu_task()], hardware=GPU, copy=planted.measure_never)
-    with pytest.raises(MachineTrouble, match="bandwidth failed on Test GPU: device lock /tmp/x.lock: held by process 1"):
+    with pytest.raises(MachineTrouble, match=r"bandwidth failed on Test GPU: device lock /tmp/x\.lock: held by process 1"):
         run.run()
     again = make_pipeline([gpu_task()], hardware=GPU)
     again.run()
