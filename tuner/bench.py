@@ -9,16 +9,14 @@ bench.md after every stage, and bench.png at the end.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from mhc import profile
@@ -34,7 +32,7 @@ from tuner.bench_plan import BenchRequest, Plan, make_plan
 from tuner.bench_remote import RemoteEntrant
 from tuner.bench_report import chart, markdown
 from tuner.bench_team import Team
-from tuner.errors import INTERRUPTED, TuneError
+from tuner.errors import INTERRUPTED, TuneError, writing
 from tuner.timing import Clock, Timed, median, median_interval
 
 #: Token count at which the host's time is taken: small enough that the device never makes it wait.
@@ -267,7 +265,7 @@ class Bench:
         if not self.result["shapes"]:
             return
         out = self.plan.out
-        with _writing(out):
+        with writing(f"--out {out}"):
             for name, text in (("bench.json", json.dumps(self.result, indent=1) + "\n"), ("bench.md", markdown(self.result))):
                 replace_file(out / name, text)
             (out / "bench.png").unlink(missing_ok=True)  # never an old picture beside new numbers
@@ -276,18 +274,10 @@ class Bench:
         if not self.result["shapes"]:
             return
         try:
-            with _writing(self.plan.out):
+            with writing(f"--out {self.plan.out}"):
                 chart(self.result, self.plan.out / "bench.png")
         except ModuleNotFoundError as error:
             self.display.note(f"no chart: {error}; pip install matplotlib")
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise TuneError(f"--out {out}: cannot be written: {e.strerror or e}") from None
 
 
 def _same(row: dict[str, Any], spec: Spec) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from mhc.yamlfile import printable
 from tuner.compile_each import compile_each
 from tuner.display import make_console
-from tuner.errors import INTERRUPTED, TuneError
+from tuner.errors import INTERRUPTED, TuneError, writing
 from tuner.hardware import Hardware, find_compiler
 from tuner.plan import pick_kernels, split_names
 from tuner.run import term_is_interrupt
@@ -108,10 +108,10 @@ def compile_bundle(request: CompileRequest) -> int:
     )
     start = time.monotonic()
     try:
-        with term_is_interrupt(), _new_folder(request.output) as folder:
+        with term_is_interrupt(), writing(f"--output {request.output}"), _new_folder(request.output) as folder:
             # distinct programs have distinct labels: what else their keys hold follows from n and C
             args = {w.label: (w.kernel, w.p, w.config, where.arch) for w in programs}
-            found = compile_each(library_job, args, request.jobs, console, timeout=COMPILE_TIMEOUT_S)
+            found = compile_each(library_job, args, jobs, console, timeout=COMPILE_TIMEOUT_S)
             failed = [(w, str(found[w.label])) for w in programs if isinstance(found[w.label], WorkerError)]
             built = [_keep(w, found[w.label], folder) for w in programs if not isinstance(found[w.label], WorkerError)]
             if built:
@@ -120,8 +120,6 @@ def compile_bundle(request: CompileRequest) -> int:
     except KeyboardInterrupt:
         print(f"mhc-tune: interrupted; {request.output} is as it was", file=sys.stderr)
         return INTERRUPTED
-    except OSError as e:
-        raise TuneError(f"--output {request.output}: cannot be written: {e.strerror or e}") from None
     for wanted, reason in failed:
         print(f"mhc-tune: not compiled: {wanted.label}: {printable(reason)}", file=sys.stderr)
     if not built:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mhc.files import replace_file
 from mhc.yamlfile import printable
-from tuner.errors import TuneError
+from tuner.errors import writing
 
 #: The worst first: label -> style, and whether it fails the check.
 VERDICTS = {
@@ -157,7 +157,5 @@ def write_reports(report: Report, exit_code: int, json_path: Path | None, junit:
     for option, path, text in (*wanted, ("--summary", summary, markdown_text(report, exit_code))):
         if path is None:
             continue
-        try:
+        with writing(f"{option} {path}"):
             replace_file(path, text)
-        except OSError as e:
-            raise TuneError(f"{option} {path}: cannot be written: {e.strerror or e}") from None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 #: Exit code where the storage or the last device went away in mid-run, and after Ctrl-C, as a shell gives it.
 LOST = 3
@@ -23,6 +24,15 @@ def unknown(what: str, got: str, known: Iterable[str]) -> TuneError:
     close = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return TuneError(f"unknown {what} {got!r}{hint} (there are {', '.join(names)})")
+
+
+@contextlib.contextmanager
+def writing(where: str) -> Iterator[None]:
+    """For what writes inside: an OSError becomes a :class:`TuneError` such as ``--out results: cannot be written: Permission denied``."""
+    try:
+        yield
+    except OSError as e:
+        raise TuneError(f"{where}: cannot be written: {e.strerror or e}") from None
 
 
 #: Where TileLang begins to tell of g++ and of nvcc, and what these begin their complaints with. Before or after that stands the program.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from mhc.files import read_text, replace_file
 from mhc.yamlfile import first_complaint
-from tuner.errors import TuneError
+from tuner.errors import TuneError, writing
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -43,7 +43,5 @@ def write_model(path: Path, where: str, whole: BaseModel, rows: str) -> None:
     head = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in whole.model_dump(exclude={rows}).items()]
     entries: Mapping[str, BaseModel] = getattr(whole, rows)
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry.model_dump())}" for name, entry in sorted(entries.items()))
-    try:
+    with writing(where):
         replace_file(path, "{\n" + ",\n".join([*head, f"  {json.dumps(rows)}: {{\n{lines}\n  }}"]) + "\n}\n")
-    except OSError as e:
-        raise TuneError(f"{where}: cannot be written: {e.strerror or e}") from None

@@ -31,7 +31,7 @@ from rich.table import Table
 from mhc.files import replace_file
 from tl_kernels import KERNELS
 from tl_kernels.spec import Config, Kernel, Problem
-from tuner.errors import TuneError
+from tuner.errors import TuneError, writing
 from tuner.ledger import Ledger, Study, read_ledger
 from tuner.replay_plot import QUARTER, plot
 from tuner.search import Search
@@ -300,10 +300,8 @@ def run_replay(request: ReplayRequest) -> int:
             progress.advance(bar)
     result = make_result(ledger, request, answers)
     console.print(result_table(result))  # first: the disk may be full
-    try:
+    with writing(f"--out {request.out}"):
         replace_file(files["replay.json"], json.dumps(result, indent=1) + "\n")
         plot(result, files["replay.png"])
-    except OSError as e:
-        raise TuneError(f"--out {request.out}: cannot be written: {e.strerror or e}") from None
     console.print(f"{len(jobs)} replays; written: {', '.join(map(str, files.values()))}", markup=False, soft_wrap=True)
     return 0

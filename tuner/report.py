@@ -22,7 +22,7 @@ from tuner import report_plots as plots
 from tuner import report_tables as tables
 from tuner.bench_case import PASSES
 from tuner.bench_report import TITLES, by_name, readme_table
-from tuner.errors import TuneError
+from tuner.errors import TuneError, writing
 from tuner.report_flops import flops
 from tuner.report_history import OURS, RIVAL, changed_files, history, last_commit, times_of
 from tuner.report_read import Bench, Device, File, ShapeResult, read_devices
@@ -98,10 +98,8 @@ def run_report(request: ReportRequest) -> int:
         return 0
     check_writable(request.out, "--output")
     page = render(devices, request)
-    try:
+    with writing(f"--output {request.out}"):
         replace_file(request.out, page)
-    except OSError as e:
-        raise TuneError(f"--output {request.out}: cannot be written: {e.strerror or e}") from None
     print(f"{request.out}: {len(page.encode()) / 1e3:.0f} kB, {', '.join(printable(d.name) for d in devices)}")
     return 0
 

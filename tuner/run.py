@@ -18,7 +18,7 @@ from mhc.profile import packaged_dir
 from tuner.devices import Device, aim, pick, visible_devices
 from tuner.display import Display, duration, funnel_line, make_console, result_table
 from tuner.effort import effort_of
-from tuner.errors import INTERRUPTED, LOST, TuneError
+from tuner.errors import INTERRUPTED, LOST, TuneError, writing
 from tuner.hardware import Hardware, find_compiler, resolve
 from tuner.plan import make_tasks, nothing_runs, parse_tokens, pick_kernels, pick_workloads, split_names
 from tuner.storage import is_private, open_storage, redacted
@@ -158,10 +158,8 @@ def run(request: Request) -> int:
             code = tune(pipeline, where, "; run the same command again to go on")
         finally:
             if request.raw is not None:
-                try:
+                with writing(f"--raw {request.raw}"):
                     replace_file(request.raw, json.dumps(raw(pipeline), indent=1) + "\n")
-                except OSError as e:
-                    raise TuneError(f"--raw {request.raw}: cannot be written: {e.strerror or e}") from None
     return code or (0 if pipeline.entries else NOTHING_TUNED)
 
 

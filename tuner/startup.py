@@ -30,7 +30,7 @@ from tuner.bench_display import BenchDisplay
 from tuner.bench_remote import find_env, parse_envs, python_command
 from tuner.bench_rivals import check_rivals, rival, rival_names
 from tuner.child_python import module_arguments
-from tuner.errors import INTERRUPTED, TuneError, one_line, unknown
+from tuner.errors import INTERRUPTED, TuneError, one_line, unknown, writing
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
 from tuner.startup_report import markdown
@@ -195,8 +195,6 @@ def _store(result: dict[str, Any], start: Start, seconds: dict[str, float] | Non
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    try:
+    with writing(f"--out {out}"):
         replace_file(out / "startup.json", json.dumps(result, indent=1) + "\n")
         replace_file(out / "startup.md", markdown(result))
-    except OSError as e:
-        raise TuneError(f"--out {out}: cannot be written: {e.strerror or e}") from None

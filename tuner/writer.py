@@ -21,13 +21,13 @@ from mhc.files import remove_left_over
 from mhc.profile import ProfileError, read_profile, save_profile
 from mhc.schema import SCHEMA_VERSION, Entry, Profile, Provenance
 from tl_kernels import KERNELS
-from tuner.errors import TuneError
+from tuner.errors import TuneError, writing
 from tuner.hardware import Hardware
 
 
 def check_writable(path: Path, option: str = "--output") -> None:
     """Raise :class:`TuneError` where ``path`` could not be replaced later."""
-    try:
+    with writing(f"{option} {path}"):
         if path.is_dir():
             raise TuneError(f"{option} {path}: is a folder, wanted a file")
         if path.exists() and not path.is_file():
@@ -35,8 +35,6 @@ def check_writable(path: Path, option: str = "--output") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):  # without a name: nothing is left of it, whatever becomes of this process
             pass
-    except OSError as e:
-        raise TuneError(f"{option} {path}: cannot be written: {e.strerror or e}") from None
     if path.exists() and not os.access(path, os.W_OK):
         raise TuneError(f"{option} {path}: is read-only")
 
