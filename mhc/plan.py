@@ -29,13 +29,27 @@ _MAX_PLANS = 4096
 MARGIN = 0.01
 #: Multiprocessors that a design whose blocks wait for each other leaves to others: NCCL's kernels hold up to 32. Beside four all-reduces
 #: three boundaries at C = 7168, 112 such blocks, took 90 ms instead of 2.7 on two H200s (results/notes.md, 2026-11-29).
-COMPANY = 32
+RESERVED_SMS = 32
+
+
+def reserved_sms() -> int:
+    """``MHC_RESERVED_SMS``, or 32: multiprocessors that other kernels may hold while a boundary runs. Raises ValueError.
+
+    Fewer are right where NCCL is kept to fewer (``NCCL_MAX_CTAS``), 0 where nothing else runs on the GPU.
+    """
+    value = os.environ.get("MHC_RESERVED_SMS", "").strip()
+    if value and not (value.isascii() and value.isdigit() and len(value) < 6):
+        raise ValueError(
+            f"MHC_RESERVED_SMS: got {value!r}, wanted a number of multiprocessors, 0 or more; {RESERVED_SMS} where it is not set"
+        )
+    return int(value) if value else RESERVED_SMS
 
 
 def crowds_out(kernel: Any, p: Any, config: Any, multiprocessors: int) -> str | None:
     """Why no boundary takes a kernel's configuration on a GPU with that many multiprocessors, or None."""
-    why = kernel.crowded(p, config, multiprocessors - COMPANY)
-    return f"so that {COMPANY} multiprocessors are left to NCCL: {why}" if why else None
+    reserved = reserved_sms()
+    why = kernel.crowded(p, config, multiprocessors - reserved)
+    return f"so that {reserved} multiprocessors are left to NCCL (MHC_RESERVED_SMS): {why}" if why else None
 
 
 class _Step:

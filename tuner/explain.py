@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mhc.plan import crowds_out
+from mhc.plan import crowds_out, reserved_sms
 from mhc.profile import Choice, ProfileError, choose_from, nearest_entry, packaged_names, profile_name, read_profile
 from mhc.schema import Entry, Profile, Provenance
 from tl_kernels import KERNELS, NAMES
@@ -58,6 +58,10 @@ def explain(request: ExplainRequest, console: Console | None = None) -> int:
     why_not = kernel.unserved_on(p, arch) if profile else kernel.unserved(p)
     if why_not is not None:
         raise TuneError(f"{request.kernel} at {shape}: there is nothing to explain, no configuration serves it: {why_not}")
+    try:
+        reserved_sms()
+    except ValueError as e:
+        raise TuneError(str(e)) from None
     if console is None:
         console = make_console(PLAIN_WIDTH)
     page = _Page(console, kernel, p, shape.T, name, profile)

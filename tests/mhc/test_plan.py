@@ -110,6 +110,21 @@ def test_a_design_whose_blocks_do_not_all_fit_the_gpu_beside_nccl_is_not_taken(m
         properties = SimpleNamespace(multi_processor_count=multiprocessors)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
         assert step.tuned_us() == time
+    properties.multi_processor_count = 132
+    for reserved, time in (("20", 9.0), ("0", 9.0), ("21", None), (" ", None)):
+        monkeypatch.setenv("MHC_RESERVED_SMS", reserved)
+        assert step.tuned_us() == time
+    monkeypatch.setenv("MHC_RESERVED_SMS", "133")  # more than there are
+    assert step.tuned_us() is None
+
+
+@pytest.mark.parametrize("value", ["few", "-1", "1.5", "\u0663", "9" * 5000])
+def test_what_is_no_number_of_multiprocessors_is_said(monkeypatch, value):
+    monkeypatch.setenv("MHC_RESERVED_SMS", value)
+    with pytest.raises(
+        ValueError, match=r"MHC_RESERVED_SMS: got '.+', wanted a number of multiprocessors, 0 or more; 32 where it is not set"
+    ):
+        plan.reserved_sms()
 
 
 @pytest.mark.parametrize(("n", "C", "dtype"), [(5, 64, torch.bfloat16), (4, 36, torch.bfloat16), (4, 64, torch.float32)])

@@ -155,12 +155,19 @@ def test_a_kernel_without_entries_runs_its_default(said):
     assert "verdict" not in text
 
 
-@pytest.mark.parametrize(("sm_count", "taken"), [(148, True), (132, False)])
-def test_a_design_that_would_leave_nccl_too_little_is_said_to_be_taken_by_no_boundary(said, sm_count, taken):
+@pytest.mark.parametrize(("sm_count", "reserved", "taken"), [(148, "", True), (132, "", False), (132, "20", True)])
+def test_a_design_that_would_leave_nccl_too_little_is_said_to_be_taken_by_no_boundary(said, monkeypatch, sm_count, reserved, taken):
+    monkeypatch.setenv("MHC_RESERVED_SMS", reserved)
     gpu = PROVENANCE.model_copy(update={"gpu": "NVIDIA H100 80GB HBM3", "arch": "sm_90a", "sm_count": sm_count})
     _, text = said("4096x4x7168", entry("pre_streams_grad", C=7168, tokens=4096), kernel="pre_streams_grad", where=gpu)
     assert ("none takes it, so that 32 multiprocessors are left to NCCL" in text) != taken
     assert ("112 blocks wait for each other, wanted at most 100" in text) != taken
+
+
+def test_reserved_multiprocessors_that_are_no_number_are_one_line(said, monkeypatch):
+    monkeypatch.setenv("MHC_RESERVED_SMS", "some")
+    with pytest.raises(TuneError, match="MHC_RESERVED_SMS: got 'some', wanted a number of multiprocessors"):
+        said("64x4x64", entry("pre"))
 
 
 def test_a_shortcut_that_the_profile_has_not_is_said_to_be_taken_by_nobody(said):
