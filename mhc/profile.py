@@ -15,6 +15,8 @@ What is not as it should be is said once, by a warning of the logger ``mhc``:
 * tuned at other shapes: the nearest entry that is valid for this shape is used, else the kernel's default;
 * no profile for this GPU: defaults.
 
+Where a default would serve on the CPU, PyTorch does: 2 to 8 times faster there (results/notes.md, 2026-11-30).
+
 A file asked for by name or path that is malformed raises :class:`ProfileError`; a malformed packaged one found by device name is reported,
 and defaults serve. The CPU never gets an entry tuned on CUDA, nor the reverse.
 """
@@ -287,7 +289,7 @@ def _look_for_source(device: torch.device) -> _Source | None:
     if name not in packaged_names():
         to_tune = f"to tune: mhc-tune --gpu {name}"
         if device.type == "cpu":
-            _say(logging.INFO, "none", name, message=f"no tuned profile for {gpu}; kernels run with defaults; {to_tune}")
+            _say(logging.INFO, "none", name, message=f"no tuned profile for {gpu}; PyTorch serves; {to_tune}")
             return None
         related = next(iter(related_profiles(device_arch(device), gpu, multiprocessors(device))), None)
         as_what = f"as tuned on {related.provenance.gpu}, which has the same architecture" if related else "with defaults"
@@ -297,7 +299,7 @@ def _look_for_source(device: torch.device) -> _Source | None:
     try:
         source = _Source(_read(path), str(path), "packaged")
     except ProfileError as e:
-        _say(logging.WARNING, "malformed", path, message=f"{e}; kernels run with defaults; to tune again: mhc-tune --gpu {name}")
+        _say(logging.WARNING, "malformed", path, message=f"{e}; {_without(device)}; to tune again: mhc-tune --gpu {name}")
         return None
     return source if _fits(source, device) else None
 
@@ -326,14 +328,21 @@ def _choose(kernel_name: str, p: Problem, T: int, device: torch.device) -> Choic
     source = _source(device)
     entries = _fresh_entries(source, kernel, device) if source else []
     if not source or not entries:
-        return Choice(dict(kernel.default(p)), "tilelang", "default")
-    choice, refused = _pick(kernel, p, T, entries)
+        return unmeasured(kernel, p, device_arch(device))
+    choice, refused = _pick(kernel, p, T, entries, device_arch(device))
     log.debug("%s %s T~%d on %s: %s (%s, %s)", kernel.name, p, T, device, choice.config, choice.origin, choice.impl)
-    if choice.tuned is None:
-        _report_shape(source, kernel, p, T, device, "served by the default configuration", refused)
-    elif refused or choice.origin == "nearest":
-        _report_shape(source, kernel, p, T, device, f"served by {_shape(choice.tuned)}", refused)
+    if refused or choice.origin != "exact":
+        _report_shape(source, kernel, p, T, device, choice, refused)
     return choice
+
+
+def unmeasured(kernel: Kernel, p: Problem, arch: str) -> Choice:
+    """What serves where no entry does: the default configuration, on the CPU PyTorch."""
+    return Choice(dict(kernel.default(p)), "reference" if arch == "cpu" else "tilelang", "default")
+
+
+def _without(device: torch.device) -> str:
+    return "PyTorch serves" if device.type == "cpu" else "kernels run with defaults"
 
 
 def choose_from(profile: Profile, kernel: str, p: Problem, T: int) -> tuple[Choice, str]:
@@ -342,7 +351,7 @@ def choose_from(profile: Profile, kernel: str, p: Problem, T: int) -> tuple[Choi
     """
     spec = KERNELS[kernel]
     entries = [e for e in profile.entries if e.kernel == kernel and e.source_hash == spec.source_hash]
-    return _pick(spec, p, _bucket(T), entries)
+    return _pick(spec, p, _bucket(T), entries, profile.provenance.arch)
 
 
 def nearest_entry(profile: Profile, kernel: str, p: Problem, T: int) -> Entry | None:
@@ -363,9 +372,9 @@ def _by_distance(kernel: Kernel, p: Problem, T: int, entries: list[Entry]) -> li
     return sorted(((distance(e), e) for e in entries if not has_dtype or _wide(e.dtype) == _wide(p.dtype)), key=lambda item: item[0])
 
 
-def _pick(kernel: Kernel, p: Problem, T: int, entries: list[Entry]) -> tuple[Choice, str]:
-    """The nearest entry that is valid for the problem, else the default; and why a nearer one is not."""
-    default = Choice(dict(kernel.default(p)), "tilelang", "default")
+def _pick(kernel: Kernel, p: Problem, T: int, entries: list[Entry], arch: str) -> tuple[Choice, str]:
+    """The nearest entry that is valid for the problem, else what serves without one; and why a nearer one is not."""
+    default = unmeasured(kernel, p, arch)
     refused = ""
     for (off_n, off_C, off_dtype, off_T, _), e in _by_distance(kernel, p, T, entries):
         reason = reason_against(kernel, p, e.config, default.config)
@@ -391,15 +400,24 @@ def _fresh_entries(source: _Source, kernel: Kernel, device: torch.device) -> lis
             message = f"{kernel.name}: {count} entries of {source.path} were tuned for another version of the kernel; not used; run: {run}"
             _say(logging.WARNING, "stale", key, message=message)
         elif not every and not kernel.shortcut:  # a shortcut that is not there is not taken
-            _say(logging.WARNING, "absent", key, message=f"{kernel.name}: not in {source.path}; it runs with defaults; run: {run}")
+            serves = "PyTorch serves" if device.type == "cpu" else "it runs with defaults"
+            _say(logging.WARNING, "absent", key, message=f"{kernel.name}: not in {source.path}; {serves}; run: {run}")
         _STATE.fresh[key] = fresh
     return _STATE.fresh[key]
 
 
-def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: torch.device, served: str, refused: str) -> None:
+def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: torch.device, choice: Choice, refused: str) -> None:
     # Once per shape, not once per kernel and T: every kernel would say the same.
     shape = f"n={p.n}" + (f", C={p.C}" if kernel.has_channels else "") + (f", {p.dtype}" if kernel.has_streams else "")
-    message = f"{source.path} was not tuned at {shape}, T~{T}: {kernel.name} is {served}"
+    message = f"{source.path} was not tuned at {shape}, T~{T}: "
+    if device.type == "cpu":  # where nobody's time depends on it: one line for all kernels
+        if kernel.has_channels and kernel.has_streams:
+            dtype = "" if p.dtype == "bfloat16" else f" --dtype {p.dtype}"
+            message += "entries of other shapes serve where they are valid, else PyTorch does (said once per shape); "
+            message += f"to tune: mhc-tune --gpu cpu --shapes {T}x{p.n}x{p.C}{dtype}"
+            _say(logging.WARNING, "shape", source.path, shape, message=message)
+        return
+    message += f"{kernel.name} is served by {_shape(choice.tuned) if choice.tuned else 'the default configuration'}"
     if refused:  # the kernel is named: another one may well accept the same entry
         _say(logging.WARNING, "refused", source.path, kernel.name, shape, message=f"{message}; not by {refused}")
     else:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import shutil
 import signal
 import threading
 
@@ -17,6 +18,9 @@ import torch
 # What is tuned on this machine is not under test, and would be compiled test by test. A GPU's profile is: it ships.
 if not torch.cuda.is_available():
     os.environ.setdefault("MHC_PROFILE", "none")
+    # PyTorch would serve, for nothing was tuned; the programs are under test
+    if shutil.which("g++"):
+        os.environ.setdefault("MHC_BACKEND", "tilelang")
 
 # TileLang makes and drops a prover of 100 kB at every turn. Memory that glibc gives back each time is cleared anew: a sixth of a compile
 # for the CPU target. What a process may keep, here and in children: blocks, by the number of mallopt.

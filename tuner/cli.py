@@ -45,6 +45,8 @@ EPILOG = """Examples:
 
   mhc-tune --gpu h100 --workloads mhc-27b  (one model's shapes)
 
+  mhc-tune --shapes 8192x4x3072,2048x4x3072  (tokens x streams x channels of a model of your own)
+
   mhc-tune --kernels pre,post_res --tokens 4096
 
   mhc-tune --effort full --time-limit 3600  (look harder, an hour at most)
@@ -79,6 +81,10 @@ def tune(
     workloads_file: Annotated[
         Path | None, typer.Option(help="YAML file of workloads. Default: the package's own, configs/workloads.yaml of a checkout.")
     ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Shapes TxnxC of your own, instead of workloads: 8192x4x3072,2048x4x3072.", metavar="TxnxC,..")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of --shapes: bfloat16 (default), float16 or float32.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token counts to tune at, instead of each workload's.", metavar="T,T")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Configurations tried per kernel and shape. Default: from --effort.")] = None,
     time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds for the whole run, shared out. Default: from --effort.")] = None,
@@ -127,6 +133,8 @@ def tune(
         command=command_line(),
         sampler=sampler,
         devices=devices,
+        shapes=shapes,
+        dtype=dtype,
     )
     raise typer.Exit(run(request))
 

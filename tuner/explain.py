@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mhc.plan import crowds_out, reserved_sms
-from mhc.profile import Choice, ProfileError, choose_from, nearest_entry, packaged_names, profile_name, read_profile
+from mhc.profile import Choice, ProfileError, choose_from, nearest_entry, packaged_names, profile_name, read_profile, unmeasured
 from mhc.schema import Entry, Profile, Provenance
 from tl_kernels import KERNELS, NAMES
 from tl_kernels.spec import STREAM_DTYPES, Kernel, Problem
@@ -115,7 +115,7 @@ class _Page:
 
     def _choose(self, p: Problem, T: int) -> tuple[Choice, str]:
         if self.profile is None:
-            return Choice(dict(self.kernel.default(p)), "tilelang", "default"), ""
+            return unmeasured(self.kernel, p, resolve("auto").arch), ""
         return choose_from(self.profile, self.kernel.name, p, T)
 
     def _line(self, label: str, text: str) -> None:
@@ -130,7 +130,8 @@ class _Page:
     def print(self) -> None:
         kernel, entry, where = self.kernel, self.entry, self.profile.provenance if self.profile else None
         self.console.print(f"[bold]{kernel.name}[/bold] at {_of(kernel, self.p, self.T)}", soft_wrap=True)
-        tuned_on = f", tuned on {where.gpu} ({where.arch})" if where else ": every kernel runs its default"
+        without = "PyTorch serves" if self.choice.impl == "reference" else "every kernel runs its default"
+        tuned_on = f", tuned on {where.gpu} ({where.arch})" if where else f": {without}"
         self._line("profile", f"{self.name}{tuned_on}")
         self._line("runs with", self._found())
         if entry is not None and where is not None:
@@ -156,7 +157,7 @@ class _Page:
         entry = self.choice.tuned
         why = f"; not by {self.refused}" if self.refused else ""
         if entry is None:
-            what = "the default configuration"
+            what = "PyTorch" if self.choice.impl == "reference" else "the default configuration"
             if self.kernel.shortcut:
                 what = f"{what} when called by itself; no boundary takes it"
             return f"{what}: the profile has no entry that is good for this{why}" if self.profile else what

@@ -58,7 +58,8 @@ def surface_job(profile: str, wanted: list[Case], root: str) -> dict[str, Any]:
         else:
             untuned += 1
             choice = None if found is None else choose_from(found, case.kernel, p, case.tokens)[0]
-            config, impl = (dict(kernel.default(p)), "tilelang") if choice is None else (dict(choice.config), str(choice.impl))
+            # PyTorch may serve where there is no entry, but it is the kernel that is checked
+            config, impl = (dict(choice.config), str(choice.impl)) if choice and choice.tuned else (dict(kernel.default(p)), "tilelang")
             cases.append(Case(case.kernel, case.n, case.C, case.dtype, case.tokens, config, impl))
     return {
         "profile": found is not None,

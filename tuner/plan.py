@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
+from mhc.yamlfile import first_complaint
 from tl_kernels import KERNELS, NAMES
-from tl_kernels.spec import Problem
+from tl_kernels.spec import STREAM_DTYPES, Problem
 from tuner.errors import TuneError, unknown
 from tuner.hardware import Hardware
+from tuner.shape import parse_shape
 from tuner.task import Task
 from tuner.workloads import Workload
 
@@ -35,6 +39,26 @@ def pick_workloads(wanted: Sequence[str] | None, known: dict[str, Workload]) -> 
     if wanted is not None and not wanted:
         raise TuneError("--workloads: got no name, wanted at least one")
     return [workload for name, workload in known.items() if wanted is None or name in wanted]
+
+
+def shape_workloads(text: str, dtype: str) -> list[Workload]:
+    """``"8192x4x3072,64x4x3072"`` as workloads, one for each n and C. Raises :class:`TuneError`."""
+    if dtype not in STREAM_DTYPES:
+        raise unknown("dtype", dtype, STREAM_DTYPES)
+    tokens: dict[tuple[int, int], set[int]] = {}
+    for name in split_names(text) or ():
+        shape = parse_shape(name, "--shapes")
+        tokens.setdefault((shape.n, shape.C), set()).add(shape.T)
+    if not tokens:
+        raise TuneError("--shapes: got none, wanted at least one TxnxC such as 8192x4x2560")
+    found = []
+    for (n, C), counts in tokens.items():
+        buckets = sorted(counts)
+        try:
+            found.append(Workload.model_validate({"n": n, "C": C, "dtype": dtype, "tokens": buckets, "cpu_tokens": buckets}))
+        except ValidationError as e:
+            raise TuneError(f"--shapes: n={n}, C={C}: {first_complaint(e)}") from None
+    return found
 
 
 def parse_tokens(text: str | None) -> list[int] | None:

@@ -20,10 +20,10 @@ from tuner.display import Display, duration, funnel_line, make_console, result_t
 from tuner.effort import effort_of
 from tuner.errors import INTERRUPTED, LOST, TuneError, writing
 from tuner.hardware import Hardware, find_compiler, resolve
-from tuner.plan import make_tasks, nothing_runs, parse_tokens, pick_kernels, pick_workloads, split_names
+from tuner.plan import make_tasks, nothing_runs, parse_tokens, pick_kernels, pick_workloads, shape_workloads, split_names
 from tuner.storage import is_private, open_storage, redacted
 from tuner.workers import cores
-from tuner.workloads import WorkloadError, load_workloads
+from tuner.workloads import Workload, WorkloadError, load_workloads
 
 if TYPE_CHECKING:
     from tuner.pipeline import Pipeline
@@ -61,6 +61,8 @@ class Request:
     command: str
     sampler: str | None = None
     devices: str | None = None
+    shapes: str | None = None
+    dtype: str | None = None
 
 
 def _state_folder() -> Path:
@@ -101,14 +103,26 @@ def find_hardware(gpu: str, devices: str | None) -> tuple[Hardware, list[Device]
     return hardware, pick(devices, hardware.name, found)
 
 
-def run(request: Request) -> int:
-    """Tune as requested; returns the exit code. Raises :class:`TuneError` for what the user can mend."""
-    kernels = pick_kernels(split_names(request.kernels))
+def _workloads(request: Request) -> list[Workload]:
+    """What ``--shapes`` spells out, else workloads by name."""
+    if request.shapes is not None:
+        for option in ("workloads", "workloads_file", "tokens"):
+            if getattr(request, option) is not None:
+                raise TuneError(f"--shapes, --{option.replace('_', '-')}: got both, wanted one; a shape says its n, C and tokens itself")
+        return shape_workloads(request.shapes, request.dtype or "bfloat16")
+    if request.dtype is not None:
+        raise TuneError("--dtype: wanted --shapes beside it; a workload has a dtype of its own")
     try:
         known = load_workloads(request.workloads_file)
     except WorkloadError as e:
         raise TuneError(f"workloads: {e}") from None
-    workloads = pick_workloads(split_names(request.workloads), known)
+    return pick_workloads(split_names(request.workloads), known)
+
+
+def run(request: Request) -> int:
+    """Tune as requested; returns the exit code. Raises :class:`TuneError` for what the user can mend."""
+    kernels = pick_kernels(split_names(request.kernels))
+    workloads = _workloads(request)
     tokens = parse_tokens(request.tokens)
     if request.time_limit is not None and not 1 <= request.time_limit <= MAX_TIME_LIMIT_S:
         raise TuneError(f"--time-limit: got {request.time_limit:g}, wanted 1 to {MAX_TIME_LIMIT_S} seconds")

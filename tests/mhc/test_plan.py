@@ -127,6 +127,19 @@ def test_what_is_no_number_of_multiprocessors_is_said(monkeypatch, value):
         plan.reserved_sms()
 
 
+@pytest.mark.skipif(not available(), reason="no C++ compiler")
+def test_on_the_cpu_pytorch_serves_shapes_that_no_entry_does(served, monkeypatch):
+    monkeypatch.setenv("MHC_PROFILE", "none")
+    inputs = make_inputs(T=6, C=64)
+    with torch.no_grad(), mhc.use_backend("auto"):
+        chained(inputs)
+    assert served == PIECES
+    del served[:]
+    with torch.no_grad(), mhc.use_backend("tilelang"):
+        mhc.ops.pre(inputs[0], torch.ones(6, 4))
+    assert served == []
+
+
 @pytest.mark.parametrize(("n", "C", "dtype"), [(5, 64, torch.bfloat16), (4, 36, torch.bfloat16), (4, 64, torch.float32)])
 def test_a_shortcut_that_does_not_serve_is_not_taken(served, monkeypatch, n, C, dtype):
     monkeypatch.setattr(profile, "choose", tuned(FAST, n=n, C=C))

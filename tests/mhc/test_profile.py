@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -291,6 +292,18 @@ def test_a_profile_that_cannot_serve_leaves_the_next_source(machine, tmp_path):
 def test_a_cuda_profile_never_serves_the_cpu(tmp_path):
     load(tmp_path, entry())
     assert choose("post_res", SHAPE, 8192, CPU).origin == "default"
+
+
+def test_on_the_cpu_pytorch_serves_what_no_entry_does(tmp_path, said):
+    load(tmp_path, entry(C=2560), **ON_CPU)
+    for p, kernel, T in itertools.product(
+        (Problem(4, 64), Problem(4, 96, "float32")), ("post_res", "pre", "sum_parts", "sinkhorn"), (64, 8)
+    ):
+        assert choose(kernel, p, T, CPU) == Choice(DEFAULT, "reference", "default")
+    shapes = [line for line in said() if "not tuned at" in line]
+    assert [line.partition(": ")[0].partition("at ")[2] for line in shapes] == ["n=4, C=64, bfloat16, T~64", "n=4, C=96, float32, T~64"]
+    assert "else PyTorch does (said once per shape); to tune: mhc-tune --gpu cpu --shapes 64x4x64" in shapes[0]
+    assert shapes[1].endswith("mhc-tune --gpu cpu --shapes 64x4x96 --dtype float32")
 
 
 def test_load_profile_wins_over_the_environment_and_that_over_the_packaged(machine, tmp_path, monkeypatch):

@@ -61,10 +61,10 @@ def test_help_of_bench_teaches(tmp_path):
 
 def test_bench_from_outside(tmp_path):
     args = ["bench", "--gpu", "cpu", "--shapes", "4x2x16", "--rivals", "eager", "--layers", "1", "--tokens", "none", "--no-kernels"]
-    done = mhc_tune(tmp_path, *args, "--out", "here", MHC_BACKEND="reference")
+    done = mhc_tune(tmp_path, *args, "--out", "here", MHC_BACKEND="reference", MHC_PROFILE="none", MHC_BUNDLE="", MHC_RESERVED_SMS="0")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert f"Command: `mhc-tune {' '.join(args)} --out here`" in done.stdout
+    assert f"Command: `MHC_BACKEND=reference MHC_PROFILE=none MHC_RESERVED_SMS=0 mhc-tune {' '.join(args)} --out here`" in done.stdout
     assert {p.name for p in (tmp_path / "here").iterdir()} == {"bench.json", "bench.md", "bench.png"}
     table = mhc_tune(tmp_path, "bench", "--readme", "here/bench.json")
     assert table.returncode == 0
@@ -93,6 +93,10 @@ def test_bench_from_outside(tmp_path):
         (["--workloads-file", "bad.yaml"], "bad.yaml"),
         (["--trials", "0"], "'--trials'"),
         (["--effort", "huge"], "'--effort'"),
+        (["--shapes", "8x4x64", "--tokens", "8"], "--shapes, --tokens: got both, wanted one"),
+        (["--shapes", "8x4x64", "--workloads", "mhc-3b"], "--shapes, --workloads: got both, wanted one"),
+        (["--shapes", "8x4x64", "--workloads-file", "bad.yaml"], "--shapes, --workloads-file: got both, wanted one"),
+        (["--dtype", "float32"], "--dtype: wanted --shapes beside it"),
         (["--no-such-option"], "--no-such-option"),
         (["no-such-command"], "no-such-command"),
         (["--trials", "3", "bench"], "--trials stands before 'bench'"),

@@ -148,10 +148,11 @@ def test_a_shape_that_was_not_tuned_gets_the_nearest_entry(said):
     assert "at the entry's shape, T=8192, n=4, C=2560, bfloat16" in line(text, "measured")
 
 
-def test_a_kernel_without_entries_runs_its_default(said):
-    code, text = said("8192x4x2560", entry("post_res"))
+@pytest.mark.parametrize(("arch", "serves"), [("cpu", "PyTorch"), ("sm_90a", "the default configuration")])
+def test_a_kernel_without_entries_runs_its_default(said, arch, serves):
+    code, text = said("8192x4x2560", entry("post_res"), where=PROVENANCE.model_copy(update={"arch": arch}))
     assert code == 0
-    assert "the default configuration: the profile has no entry that is good for this" in line(text, "runs with")
+    assert f"{serves}: the profile has no entry that is good for this" in line(text, "runs with")
     assert "verdict" not in text
 
 
@@ -200,7 +201,7 @@ def test_other_shapes_get_what_the_run_time_would_give_them(said):
 
 def test_an_entry_that_does_not_fit_is_refused_with_its_reason(said):
     _, text = said("8192x4x2560", entry(C=2560, config={"block_C": 0, "threads": 32}))
-    assert "the default configuration" in line(text, "runs with")
+    assert "PyTorch: the profile has no entry" in line(text, "runs with")
     assert "not by the entry n=4, C=2560, bfloat16, tokens=8192" in line(text, "runs with")
 
 
@@ -255,7 +256,7 @@ def test_it_never_disagrees_with_the_run_time(tmp_path, monkeypatch, caplog):
             ("nearest", "tilelang"),
             ("nearest", "reference"),
             ("exact", "reference"),
-            ("default", "tilelang"),
+            ("default", "reference"),
         }
     finally:
         profiles.reset()
@@ -309,7 +310,7 @@ def test_the_profile_of_the_environment_counts_and_none_is_none(monkeypatch, tmp
     stream = io.StringIO()
     monkeypatch.setenv("MHC_PROFILE", "none")
     assert explain(ExplainRequest("pre", "8x4x64"), Console(file=stream, width=140)) == 0
-    assert "MHC_PROFILE=none: every kernel runs its default" in stream.getvalue()
+    assert "MHC_PROFILE=none: PyTorch serves" in stream.getvalue()
     monkeypatch.setenv("MHC_PROFILE", "nowhere.yaml")
     with pytest.raises(TuneError, match=r"^MHC_PROFILE: nowhere\.yaml: cannot be read"):
         explain(ExplainRequest("pre", "8x4x64"))

@@ -5,7 +5,7 @@ import pytest
 from tl_kernels import NAMES
 from tuner.errors import TuneError
 from tuner.hardware import Hardware
-from tuner.plan import make_tasks, parse_tokens, pick_kernels, pick_workloads
+from tuner.plan import make_tasks, parse_tokens, pick_kernels, pick_workloads, shape_workloads
 from tuner.workloads import load_workloads
 
 GPU = Hardware(profile="h100", name="NVIDIA H100 80GB HBM3", arch="sm_90a")
@@ -27,6 +27,29 @@ def test_a_close_name_is_suggested():
 def test_bad_token_counts_are_refused(text):
     with pytest.raises(TuneError, match="--tokens"):
         parse_tokens(text)
+
+
+def test_shapes_of_one_s_own_are_workloads():
+    workloads = shape_workloads("8192x4x3072, 64x2x96,2048x4x3072,64x4x3072,2048x4x3072", "float32")
+    assert [(w.n, w.C, w.dtype, w.tokens, w.cpu_tokens) for w in workloads] == [
+        (4, 3072, "float32", [64, 2048, 8192], [64, 2048, 8192]),
+        (2, 96, "float32", [64], [64]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "said"),
+    [
+        ("8192x4", "bfloat16", "--shapes: got '8192x4', wanted TxnxC"),
+        ("8x9x64", "bfloat16", r"--shapes: got '8x9x64', wanted T and C of at least 1 and n in 1\.\.8"),
+        (",", "bfloat16", "--shapes: got none, wanted at least one TxnxC"),
+        ("99999999999x4x64", "bfloat16", "--shapes: n=4, C=64: tokens.0: got 99999999999"),
+        ("8x4x64", "float64", "unknown dtype 'float64'"),
+    ],
+)
+def test_shapes_that_are_none_are_refused(text, dtype, said):
+    with pytest.raises(TuneError, match=said):
+        shape_workloads(text, dtype)
 
 
 def test_a_program_without_channels_gets_one_task_for_all_workloads():

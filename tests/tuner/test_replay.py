@@ -158,7 +158,8 @@ def test_the_line_of_a_chart_steps_at_each_seed():
 
 
 def mhc_tune(folder, *args):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MHC_")}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
     command = [sys.executable, "-m", "tuner.cli", *args]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
