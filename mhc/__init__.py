@@ -14,6 +14,8 @@ from mhc.head import HyperHead, reduce_mean, reduce_sum
 from mhc.module import Context, HyperConnection, expand
 from mhc.profile import ProfileError, load_profile, read_profile
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BundleError",
     "Context",

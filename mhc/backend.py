@@ -2,8 +2,8 @@
 
 ``MHC_BACKEND`` sets it for the process and :func:`use_backend` for a block of code:
 
-- ``auto`` (default): TileLang on CUDA; on the CPU TileLang where a C++ compiler is installed and the profile does not say that the
-  reference is faster, else the reference.
+- ``auto`` (default): TileLang on CUDA; on the CPU TileLang where the profile has an entry that serves and does not say that the reference
+  is faster, and a bundle has the program or a C++ compiler is installed; else the reference.
 - ``tilelang``: TileLang always; an error where it cannot run.
 - ``reference``: the PyTorch reference always.
 """
@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
+from mhc import bundle
 from tl_kernels import reference
+from tl_kernels.spec import Config, Kernel, Problem
 
 logger = logging.getLogger("mhc")
 
@@ -56,21 +58,33 @@ def use_backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def _cpu_target() -> bool:
-    """Whether the TileLang CPU target works here; says once why not."""
+    """Whether TileLang compiles for the CPU here; says once why not."""
     try:
         from tl_kernels.cpu import available
     except ImportError as error:
         logger.warning("TileLang cannot be imported (%s): the PyTorch reference serves on the CPU", error)
         return False
     if not available():
-        logger.warning("no C++ compiler on PATH: the PyTorch reference serves on the CPU; install g++ for the TileLang kernels")
+        what = "what the bundle has not" if _has_cpu_bundle() else "on the CPU"
+        logger.warning("no C++ compiler on PATH: the PyTorch reference serves %s; install g++ for the TileLang kernels", what)
         return False
     return True
 
 
+def _has_cpu_bundle() -> bool:
+    found = bundle.loaded()
+    return found is not None and found.manifest.arch == "cpu"
+
+
+def runs_on_cpu(kernel: Kernel, p: Problem, cfg: Config) -> bool:
+    """Whether a program of the CPU target is there or can be compiled."""
+    found = bundle.loaded()
+    return (found is not None and found.holds(kernel, p, cfg, "cpu")) or _cpu_target()
+
+
 def serves_tilelang(mode: str, device: torch.device) -> bool:
     """Whether TileLang is the candidate for ``device`` under backend ``mode``."""
-    return mode == "tilelang" or (mode == "auto" and (device.type == "cuda" or _cpu_target()))
+    return mode == "tilelang" or (mode == "auto" and (device.type == "cuda" or _has_cpu_bundle() or _cpu_target()))
 
 
 def _vjp(name: str, grads: int) -> Callable[..., Any]:

@@ -133,15 +133,27 @@ class Bundle:
         """What takes the program's tensors, or None where it must be compiled here; then the reason was logged, once."""
         with _STATE.lock:
             try:
-                program = self._program(kernel, p, cfg, target)
-                if program.file not in self._runs:
-                    self._runs[program.file] = self._load(program)
-                return self._runs[program.file]
+                return self._run(kernel, p, cfg, target)
             except _UnfitError as unfit:
                 if unfit.key not in self._said:
                     self._said.add(unfit.key)
                     log.warning("%s", BundleError(self.path / unfit.file, f"{unfit.reason}; compiled here instead"))
                 return None
+
+    def holds(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> bool:
+        """Whether :meth:`find` would find it; nothing is logged."""
+        with _STATE.lock:
+            try:
+                self._run(kernel, p, cfg, target)
+            except _UnfitError:
+                return False
+            return True
+
+    def _run(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> Run:
+        program = self._program(kernel, p, cfg, target)
+        if program.file not in self._runs:
+            self._runs[program.file] = self._load(program)
+        return self._runs[program.file]
 
     def _program(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> Program:
         made = self.manifest
@@ -195,6 +207,11 @@ def load_bundle(path: str | Path) -> Bundle:
     return bundle
 
 
+def loaded() -> Bundle | None:
+    """The bundle that programs are taken from."""
+    return _STATE.bundle if _STATE.looked else _look()
+
+
 def reset() -> None:
     """Forget the bundle; ``MHC_BUNDLE`` is read again."""
     with _STATE.lock:
@@ -220,7 +237,7 @@ os.register_at_fork(after_in_child=_new_lock)
 
 
 def _find(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Run | None:
-    bundle = _STATE.bundle if _STATE.looked else _look()
+    bundle = loaded()
     return None if bundle is None else bundle.find(kernel, p, cfg, target)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mhc import ops
-from mhc.signatures import check_sinkhorn, new_ticket
+from mhc.signatures import STREAM_DTYPES, check_sinkhorn, new_ticket
 from tl_kernels.spec import MAX_N
 
 #: Logit of the diagonal of H_res at the start, against 0 beside it; see HyperConnection on why.
@@ -37,7 +37,10 @@ class Context(NamedTuple):
 
 
 def check_sizes(n: int, dim: int) -> None:
-    """Raise ValueError for sizes no kernel serves."""
+    """Raise ValueError for sizes no kernel serves, TypeError for what is no whole number."""
+    for name, size in (("n", n), ("dim", dim)):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"{name}: got {size!r}, wanted a whole number")
     if not 1 <= n <= MAX_N:
         raise ValueError(f"n: got {n}, wanted 1..{MAX_N} streams")
     if dim < 1:
@@ -127,7 +130,8 @@ class HyperConnection(Float32Parameters):
 
     Raises:
         ValueError: an argument out of range, or x, f or a context of another shape.
-        TypeError: parameters replaced by narrower ones, a layer's output that is no tensor, ``sinkhorn_iters`` that is no whole number.
+        TypeError: parameters replaced by narrower ones, a layer's output that is no tensor, a ``dim``, ``n`` or ``sinkhorn_iters`` that is
+            no whole number.
     """
 
     def __init__(
@@ -266,6 +270,8 @@ class HyperConnection(Float32Parameters):
 
 
 def expand(h: torch.Tensor, n: int) -> torch.Tensor:
-    """n equal streams from an embedding: [..., C] -> contiguous [..., n, C]. Raises ValueError."""
+    """n equal streams from an embedding: [..., C] -> contiguous [..., n, C]. Raises ValueError, TypeError for another dtype."""
+    if h.dtype not in STREAM_DTYPES:
+        raise TypeError(f"h: got {h.dtype}, wanted {' or '.join(map(str, STREAM_DTYPES))}: an embedding, not the ids of its tokens")
     check_sizes(n, h.shape[-1] if h.dim() else 0)
     return h.unsqueeze(-2).expand(*h.shape[:-1], n, h.shape[-1]).contiguous()

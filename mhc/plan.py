@@ -93,7 +93,7 @@ class _Step:
         choice = profile.choose(self.kernel.name, self.problem, self.tokens, self.device)
         if os.environ.get("MHC_DEBUG") == "1":
             _report(self.kernel.name, self.problem, self.target, str(choice))
-        if choice.impl == "reference" and self.may_use_reference:
+        if self.may_use_reference and (choice.impl == "reference" or not backend.runs_on_cpu(self.kernel, self.problem, choice.config)):
             return self.reference
         return get_launcher(self.kernel, self.problem, choice.config, self.target).bind(self.tokens)
 

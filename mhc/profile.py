@@ -72,6 +72,10 @@ class Choice:
     #: The entry it comes from.
     tuned: Entry | None = field(default=None, compare=False)
 
+    def __str__(self) -> str:
+        where = f" ({_shape(self.tuned)})" if self.tuned else ""
+        return f"{self.impl}, {self.origin}{where}: {', '.join(f'{knob}={value}' for knob, value in self.config.items())}"
+
 
 def _bucket(T: int) -> int:
     """The power of two nearest to T, in steps of equal ratio."""

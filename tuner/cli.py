@@ -72,6 +72,19 @@ class EffortName(str, Enum):
     full = "full"
 
 
+def _print_version(wanted: bool) -> None:
+    """The versions that decide what a kernel is, and end; read from the installation, so that nothing heavy is imported."""
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        for name in ("mhc-kernels", "tilelang", "torch", "optuna"):
+            try:
+                print(name, version(name))
+            except PackageNotFoundError:  # a checkout that is not installed
+                print(name, "is not installed")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True, help=HELP, epilog=EPILOG)
 def tune(
     context: typer.Context,
@@ -107,6 +120,10 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="Profile to write. Default: configs/<gpu>.yaml, here.")] = None,
     jobs: Jobs = None,
     raw: Annotated[Path | None, typer.Option(help="Also write every trial as JSON.", metavar="PATH")] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the versions of mhc-kernels and what it runs on.", callback=_print_version, is_eager=True),
+    ] = False,
 ) -> None:
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if _typed(context, name)]

@@ -227,6 +227,11 @@ class MHCLatency:
             raise AssertionError(_regression(latency, latency.change, session.rule, self._test))
         return latency
 
+    @property
+    def unused(self) -> bool:
+        """Whether nothing was timed."""
+        return not self._names
+
     def finish(self, failed: bool) -> None:
         """At the end of a test: with ``--mhc-latency-update`` write its baselines, unless it failed. Raises TuneError."""
         pending, self._pending = self._pending, []

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 FIXTURE = "mhc_latency"
 OPTION = "--mhc-latency"
+UNUSED = "was asked for and never called: nothing was timed; wanted mhc_latency(lambda: my_kernel(x))"
 WHY_SKIPPED = f"times a kernel, which takes {OPTION}"
 #: Both names that this module may be registered under: by the entry point, and by ``-p`` or a conftest's ``pytest_plugins``.
 NAMES = ("mhc-latency", __name__)
@@ -137,10 +138,15 @@ def _mhc_latency(request: pytest.FixtureRequest) -> Iterator[MHCLatency]:
     latency = MHCLatency(_session(request.config), request.node.nodeid, request.node.user_properties)
     yield latency
     # a test that was interrupted has not failed
+    failed = request.node.stash.get(_FAILED, False)
     try:
-        latency.finish(failed=request.node.stash.get(_FAILED, False))
+        latency.finish(failed)
     except TuneError as e:
         raise pytest.UsageError(str(e)) from None
+    if latency.unused and request.node.stash.get(_FAILED, None) is False:
+        if request.config.getoption("mhc_latency_strict"):
+            pytest.fail(f"{FIXTURE} {UNUSED}", pytrace=False)
+        request.node.warn(pytest.PytestWarning(f"{FIXTURE} {UNUSED}"))
 
 
 def _session(config: pytest.Config) -> Session:

@@ -165,7 +165,8 @@ def _start(arguments: list[str], env: Path | None, folder: Path, more: Mapping[s
     variables = {k: v for k, v in variables.items() if k not in hidden}
     variables |= {variable: str(folder / name) for variable, name in CACHES.items()} | dict(more)
     if arguments[-1] == "cpu":
-        variables.setdefault("MHC_BACKEND", "tilelang")  # on the CPU PyTorch may serve, and starts at once
+        # on the CPU PyTorch may serve, and starts at once; of a bundle it is what the profile has that is started
+        variables.setdefault("MHC_BACKEND", "auto" if more else "tilelang")
     begun = time.time()
     try:
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False)

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import TuneError, one_line
@@ -111,7 +112,14 @@ def open_storage(url: str, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRACE_
 def _is_no_url(error: BaseException) -> bool:
     from sqlalchemy.exc import ArgumentError  # also of a scheme that nothing is known of
 
-    return isinstance(error, ArgumentError) or isinstance(error.__cause__, ArgumentError)
+    # ImportError: of a database whose driver is not installed, which Optuna might open but nobody has tried
+    return isinstance(error, ArgumentError | ImportError) or isinstance(error.__cause__, ArgumentError)
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an ``sqlite:///`` URL; None for other URLs, and where the database is in memory."""
+    name = re.sub(r"^sqlite(\+\w+)?:///", "", url.strip()).partition("?")[0] if url.strip().startswith("sqlite") else ""
+    return Path(name) if name and name != ":memory:" and not name.startswith(("sqlite:", "file:")) else None
 
 
 def is_private(storage: optuna.storages.RDBStorage) -> bool:

@@ -18,7 +18,7 @@ from tuner.pipeline import Pipeline
 from tuner.plan import pick_kernels, split_names
 from tuner.run import compile_jobs, find_hardware, term_is_interrupt, tune, worker_log
 from tuner.settings import Settings
-from tuner.storage import open_storage, redacted
+from tuner.storage import open_storage, redacted, sqlite_file
 from tuner.store import Store
 from tuner.task import Order
 from tuner.warm import orders
@@ -62,6 +62,9 @@ def open_orders(store: Store, hardware: Hardware, kernels: Sequence[str]) -> tup
 def work(request: WorkerRequest) -> int:
     """Work until no study is open; returns the exit code. Raises :class:`TuneError` for what the user can mend."""
     kernels = pick_kernels(split_names(request.kernels))
+    file = sqlite_file(request.storage)
+    if file is not None and not request.wait and not file.exists():
+        raise TuneError(f"--storage {request.storage}: {file} does not exist, wanted what mhc-tune was given; --wait waits for it")
     hardware, devices = find_hardware(request.gpu, request.devices)
     writer = None if request.output is None else ProfileWriter(request.output, hardware)
     effort = effort_of(hardware.arch, "quick")

@@ -39,13 +39,15 @@ def write_profile(path: Path, kernels: Iterable[str], C: int, gpu: str, arch: st
     return path
 
 
-def start(bundle: Path, profile: Path, device: str, what: str, C: int, cache: Path, path: str, processes: int = 1) -> subprocess.Popen[str]:
+def start(
+    bundle: Path, profile: Path, device: str, what: str, C: int, cache: Path, path: str, processes: int = 1, backend: str = "tilelang"
+) -> subprocess.Popen[str]:
     """A process that runs from ``bundle``, or forks some that do, with PATH ``path`` and TileLang's cache at ``cache``."""
     from tests.conftest import python_path  # not for the process that is started: it imports little
 
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "NVCC", "CXX", "CC")}
     env |= {"PATH": path, "PYTHONPATH": python_path(ROOT), "TILELANG_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    env |= {"MHC_BUNDLE": str(bundle), "MHC_PROFILE": str(profile), "MHC_BACKEND": "tilelang"}
+    env |= {"MHC_BUNDLE": str(bundle), "MHC_PROFILE": str(profile), "MHC_BACKEND": backend}
     command = [sys.executable, "-m", "tests.mhc.bundled", device, what, str(C), str(processes)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

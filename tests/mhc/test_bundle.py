@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mhc
+from mhc import backend
 from mhc import bundle as bundles
 from tests.conftest import here
 from tests.mhc.bundled import TOKENS, N, results, start, write_profile
@@ -298,6 +299,28 @@ BOUNDARY = (
     "sum_parts",
     "post_res",
 )
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["what the bundle has", "and more"])
+def test_on_a_cpu_without_a_compiler_pytorch_serves_what_the_bundle_has_not(made, tmp_path, beside):
+    """As a user has it, with no backend named: the bundle serves, and TileLang is not even imported where nothing else was tuned."""
+    kernels = ("pre", "pre_bwd", "post_res") if beside else ("pre", "pre_bwd")
+    profile = write_profile(tmp_path / "cpu.yaml", kernels, C, "Test CPU", "cpu")
+    ((said,), err) = results(start(made[0], profile, "cpu", "boundary", C, tmp_path / "cache", path="", backend="auto"))
+    assert said["error"] < 3e-2
+    assert ("no C++ compiler on PATH: the PyTorch reference serves what the bundle has not" in err) == beside
+    assert (said["imported"] == []) != beside
+
+
+def test_a_bundle_is_asked_quietly_before_a_compiler(made, caplog):
+    mhc.load_bundle(made[0])
+    pre, post_res = KERNELS["pre"], KERNELS["post_res"]
+    p, q = pre.problem(N, C), post_res.problem(N, C)
+    assert backend.runs_on_cpu(pre, p, pre.default(p))
+    found = bundles.loaded()
+    assert not found.holds(post_res, q, post_res.default(q), "cpu")
+    assert not found.holds(pre, p, pre.default(p), "sm_90a")
+    assert not caplog.records
 
 
 @pytest.mark.gpu

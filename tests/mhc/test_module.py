@@ -259,6 +259,14 @@ class TestOptions:
         with pytest.raises(ValueError, match=message):
             mhc.HyperConnection(**{"dim": 32, **options})
 
+    @pytest.mark.parametrize(
+        ("options", "message"), [({"n": 4.0}, "n: got 4.0"), ({"dim": "64"}, "dim: got '64'"), ({"n": True}, "n: got True")]
+    )
+    def test_sizes_that_are_no_whole_numbers(self, options, message):
+        for module in (mhc.HyperConnection, mhc.HyperHead):
+            with pytest.raises(TypeError, match=f"{message}, wanted a whole number"):
+                module(**{"dim": 32, **options})
+
     @pytest.mark.parametrize("shape", [(5, 32), (5, 3, 32), (5, 4, 31), (32,)], ids=str)
     def test_bad_streams(self, shape):
         with pytest.raises(ValueError, match=r"x: got shape .*wanted \[\.\.\., n=4, dim=32\]"):
@@ -358,3 +366,7 @@ class TestExpand:
     def test_bad_n(self, n):
         with pytest.raises(ValueError, match=f"n: got {n}, wanted 1..8"):
             mhc.expand(torch.zeros(5, 8), n)
+
+    def test_ids_of_tokens_are_no_embedding(self):
+        with pytest.raises(TypeError, match=r"h: got torch\.int64, wanted torch\.bfloat16 or .*: an embedding, not the ids of its tokens"):
+            mhc.expand(torch.zeros(5, 8, dtype=torch.int64), 4)

@@ -1,5 +1,6 @@
 """The command line from outside: help, one-line errors with exit code 2, Ctrl-C, and one real tuning run on the CPU target."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -114,6 +115,16 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path, monkeypatc
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("mhc-tune: ")
+
+
+def test_the_version_is_one_name_and_number_a_line_and_imports_nothing_heavy(tmp_path):
+    code = "import sys; sys.argv = ['mhc-tune', '--version']; from tuner import cli\ntry: cli.main()\n"
+    code += "finally: print(*sorted({'torch', 'tilelang'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in filter(None, lines)] == ["mhc-kernels", "tilelang", "torch", "optuna"]
+    assert lines[1] == ["tilelang", importlib.metadata.version("tilelang")]
 
 
 @pytest.mark.parametrize("args", [("--gpu", "cpu", "--kernels", "pre"), ("compile", "--gpu", "h100", "-o", "bundle")])

@@ -113,6 +113,16 @@ def test_without_a_baseline_a_test_passes_with_a_note(runner):
     assert not runner.file.exists()
 
 
+def test_a_test_that_times_nothing_says_so(runner):
+    runner.test("import pytest\n\ndef test_a(mhc_latency):\n    pass\n\ndef test_b(mhc_latency):\n    pytest.skip('no such GPU')\n")
+    result = runner.run()
+    result.assert_outcomes(passed=1, skipped=1, warnings=1)
+    says(result, "PytestWarning: mhc_latency was asked for and never called: nothing was timed")
+    result = runner.run("--mhc-latency-strict")
+    result.assert_outcomes(passed=1, skipped=1, errors=1)
+    says(result, "mhc_latency was asked for and never called")
+
+
 def test_strict_fails_without_a_baseline(runner):
     runner.update("-k", "test_a")
     result = runner.run("--mhc-latency-strict")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -15,7 +16,7 @@ from tuner import identity
 from tuner import store as store_module
 from tuner.errors import TuneError
 from tuner.identity import is_dead, this_process
-from tuner.storage import open_storage, redact_text, redacted
+from tuner.storage import open_storage, redact_text, redacted, sqlite_file
 from tuner.store import StorageLost, Store
 
 
@@ -65,6 +66,28 @@ def test_an_error_while_opening_names_the_url_without_its_password(url):
         open_storage(url)
     assert "hush" not in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("url", ["mysql://root@localhost/tuning", "oracle://somebody@there/x", "nothing"])
+def test_another_kind_of_database_is_told_which_are_wanted(url):
+    with pytest.raises(TuneError, match=r"cannot be opened: .*; wanted postgresql://user@host/database or sqlite:///file$"):
+        open_storage(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite:///a/b.db", "a/b.db"),
+        (" sqlite:////tmp/x.db?timeout=3", "/tmp/x.db"),
+        ("sqlite+pysqlite:///x.db", "x.db"),
+        ("sqlite://", None),
+        ("sqlite:///:memory:", None),
+        ("sqlite:///file:x?mode=memory&uri=true", None),
+        ("postgresql://h/sqlite:///x", None),
+    ],
+)
+def test_the_file_of_a_url(url, file):
+    assert sqlite_file(url) == (file and Path(file))
 
 
 def test_without_a_driver_the_error_says_what_to_install(monkeypatch):

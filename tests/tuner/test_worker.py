@@ -13,12 +13,13 @@ from tuner import cli
 from tuner import pipeline as pipeline_module
 from tuner import store as store_module
 from tuner.effort import Effort
+from tuner.errors import TuneError
 from tuner.hardware import cpu_model
 from tuner.storage import open_storage
 from tuner.store import StorageLost, Store
 from tuner.task import Order
 from tuner.warm import ORDER, orders
-from tuner.worker import open_orders
+from tuner.worker import WorkerRequest, open_orders, work
 
 SHAPE = ("--kernels", "pre_bwd", "--workloads", "mhc-3b", "--tokens", "64")
 
@@ -94,6 +95,13 @@ def test_a_worker_leaves_other_sources_and_other_devices_alone(command, tmp_path
     assert not store.study(changed).get_trials()
     assert not store.study(other_device.task.key).get_trials()
     store.close()
+
+
+def test_a_file_that_is_not_there_is_not_made(command, tmp_path):
+    for url in (f"sqlite:///{tmp_path}/mistyped.db", f"sqlite+pysqlite:///{tmp_path}/mistyped.db?timeout=5"):
+        with pytest.raises(TuneError, match=r"^--storage sqlite.*mistyped\.db does not exist, wanted what mhc-tune was given"):
+            work(WorkerRequest(url, "cpu", None, None, None, None, False, "mhc-tune worker"))
+    assert not list(tmp_path.glob("mistyped*"))
 
 
 def test_a_run_announces_its_studies_and_keeps_what_others_asked(make_pipeline, tmp_path):
