@@ -48,8 +48,9 @@ def choices(
 
 
 def _by_pytorch(impl: str, device: torch.device) -> bool:
-    """Whether the PyTorch reference serves: on the CPU, where the profile or MHC_BACKEND says so."""
-    return device.type == "cpu" and (impl == "reference" or not backend.serves_tilelang(backend.current(), device))
+    """Whether the PyTorch reference serves: on the CPU, where the profile or MHC_BACKEND says so, as a call finds (mhc/plan.py)."""
+    mode = backend.current()
+    return device.type == "cpu" and (not backend.serves_tilelang(mode, device) or (impl == "reference" and mode == "auto"))
 
 
 _RESOURCES: dict[Any, dict[str, Any]] = {}

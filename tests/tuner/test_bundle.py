@@ -76,7 +76,7 @@ def test_every_program_once(compiled, tmp_path, capsys):
 
 def test_what_runs_is_compiled_where_entries_are_stale_or_pytorch_serves(compiled, tmp_path, capsys):
     tuned = {"block_C": 128, "threads": 64}
-    profile = write_profile(tmp_path / "cpu.yaml", ("pre",), 64, "Test CPU", "cpu", source_hash="0123", config=tuned)
+    profile = write_profile(tmp_path / "h100.yaml", ("pre",), 64, GPU, "sm_90a", source_hash="0123", config=tuned)
     default = {**KERNELS["pre_bwd"].default(KERNELS["pre_bwd"].problem(N, 64))}
     reference = {"kernel": "pre_bwd", "impl": "reference", "config": default, "source_hash": KERNELS["pre_bwd"].source_hash}
     with_entries(profile, reference)
@@ -88,6 +88,15 @@ def test_what_runs_is_compiled_where_entries_are_stale_or_pytorch_serves(compile
     assert f"pre: entries of {profile} were tuned for another version" in said
     assert "1 entries of" in said
     assert "served by PyTorch" in said
+
+
+def test_on_the_cpu_pytorch_serves_in_the_place_of_stale_entries(compiled, tmp_path, capsys):
+    profile = write_profile(tmp_path / "cpu.yaml", ("pre",), 64, "Test CPU", "cpu", source_hash="0123")
+    fresh = KERNELS["pre_bwd"]
+    with_entries(profile, {"kernel": fresh.name, "source_hash": fresh.source_hash, "config": fresh.default(fresh.problem(N, 64))})
+    assert compiled(profile, tmp_path / "bundle") == 0
+    assert [program["kernel"] for program in manifest(tmp_path / "bundle")["programs"]] == ["pre_bwd"]
+    assert f"pre: entries of {profile} were tuned for another version of the kernel; PyTorch serves" in capsys.readouterr().out
 
 
 def test_failures_are_named_and_the_rest_is_kept(compiled, tmp_path, capsys):

@@ -43,7 +43,7 @@ def test_shapes_of_one_s_own_are_workloads():
         ("8192x4", "bfloat16", "--shapes: got '8192x4', wanted TxnxC"),
         ("8x9x64", "bfloat16", r"--shapes: got '8x9x64', wanted T and C of at least 1 and n in 1\.\.8"),
         (",", "bfloat16", "--shapes: got none, wanted at least one TxnxC"),
-        ("99999999999x4x64", "bfloat16", "--shapes: n=4, C=64: tokens.0: got 99999999999"),
+        ("99999999999x4x64", "bfloat16", r"--shapes: n=4, C=64: tokens\[0\]: got 99999999999"),
         ("8x4x64", "float64", "unknown dtype 'float64'"),
     ],
 )

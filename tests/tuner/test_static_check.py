@@ -59,7 +59,9 @@ def check(monkeypatch, capsys):
     return run
 
 
-def test_from_update_to_every_verdict_and_every_output(check, profile, tmp_path):
+def test_from_update_to_every_verdict_and_every_output(check, profile, tmp_path, monkeypatch):
+    for name in ("MHC_BACKEND", "MHC_PROFILE"):  # they would stand before the command
+        monkeypatch.delenv(name, raising=False)
     path = profile(entry("pre"), entry("pre", tokens=64), entry("post_res"), entry("pre_bwd"), entry("sum_parts"), entry("project"))
     args = ("--static", "--profile", path)
     code, out = check(*args)

@@ -122,6 +122,7 @@ def lose(*args):
 def test_a_storage_lost_between_studies_is_exit_code_3_too(command, tmp_path, monkeypatch, where):
     monkeypatch.setattr(where, lambda *args, **more: lose())
     url = f"sqlite:///{tmp_path}/x.db"
+    (tmp_path / "x.db").touch()
     if where == "tuner.worker.Pipeline":
         monkeypatch.setattr("tuner.worker.open_orders", lambda *args: ([Order(task_here(), 3, Effort(3, 3, 1.0, 1, 9, 1.0))], []))
     args = ("--gpu", "cpu", *SHAPE) if where == "tuner.pipeline.Pipeline" else ("worker", "--gpu", "cpu")
