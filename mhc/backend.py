@@ -65,7 +65,7 @@ def _cpu_target() -> bool:
         logger.warning("TileLang cannot be imported (%s): the PyTorch reference serves on the CPU", error)
         return False
     if not available():
-        what = "what the bundle has not" if _has_cpu_bundle() else "on the CPU"
+        what = "what the bundle has not" if _has_cpu_bundle() else "what the profile has for the CPU"
         logger.warning("no C++ compiler on PATH: the PyTorch reference serves %s; install g++ for the TileLang kernels", what)
         return False
     return True
@@ -76,15 +76,23 @@ def _has_cpu_bundle() -> bool:
     return found is not None and found.manifest.arch == "cpu"
 
 
-def runs_on_cpu(kernel: Kernel, p: Problem, cfg: Config) -> bool:
+def _runs_on_cpu(kernel: Kernel, p: Problem, cfg: Config) -> bool:
     """Whether a program of the CPU target is there or can be compiled."""
     found = bundle.loaded()
-    return (found is not None and found.holds(kernel, p, cfg, "cpu")) or _cpu_target()
+    if found is None:
+        return _cpu_target()
+    # what is compiled instead is said by who compiles it
+    return found.holds(kernel, p, cfg, "cpu") or _cpu_target() or found.find(kernel, p, cfg, "cpu", "PyTorch serves") is not None
 
 
 def serves_tilelang(mode: str, device: torch.device) -> bool:
     """Whether TileLang is the candidate for ``device`` under backend ``mode``."""
     return mode == "tilelang" or (mode == "auto" and (device.type == "cuda" or _has_cpu_bundle() or _cpu_target()))
+
+
+def program_serves(mode: str, device: torch.device, kernel: Kernel, p: Problem, impl: str, cfg: Config) -> bool:
+    """Whether the program of a profile's choice (``impl``, ``cfg``) serves where :func:`serves_tilelang`, or PyTorch."""
+    return mode == "tilelang" or device.type != "cpu" or (impl == "tilelang" and _runs_on_cpu(kernel, p, cfg))
 
 
 def _vjp(name: str, grads: int) -> Callable[..., Any]:

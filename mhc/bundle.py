@@ -129,15 +129,15 @@ class Bundle:
         self._runs: dict[str, Run] = {}
         self._said: set[Key] = set()
 
-    def find(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> Run | None:
-        """What takes the program's tensors, or None where it must be compiled here; then the reason was logged, once."""
+    def find(self, kernel: Kernel, p: Problem, cfg: Config, target: str, instead: str = "compiled here instead") -> Run | None:
+        """What takes the program's tensors, or None where something else serves; then the reason and ``instead`` were logged, once."""
         with _STATE.lock:
             try:
                 return self._run(kernel, p, cfg, target)
             except _UnfitError as unfit:
                 if unfit.key not in self._said:
                     self._said.add(unfit.key)
-                    log.warning("%s", BundleError(self.path / unfit.file, f"{unfit.reason}; compiled here instead"))
+                    log.warning("%s", BundleError(self.path / unfit.file, f"{unfit.reason}; {instead}"))
                 return None
 
     def holds(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> bool:
@@ -148,6 +148,11 @@ class Bundle:
             except _UnfitError:
                 return False
             return True
+
+    @property
+    def used(self) -> int:
+        """Programs that were loaded."""
+        return len(self._runs)
 
     def _run(self, kernel: Kernel, p: Problem, cfg: Config, target: str) -> Run:
         program = self._program(kernel, p, cfg, target)

@@ -6,6 +6,7 @@ Shapes: x [..., n, dim] streams, u and f [..., dim]; T is the product of the lea
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from tl_kernels.spec import MAX_N
 INIT_DIAGONAL = 8.0
 #: alpha at the start (the paper, table of hyper-parameters).
 INIT_ALPHA = 0.01
+
+# numpy's are Integral, torch.export's symbolic ones are neither
+_WHOLE = (int, numbers.Integral, torch.SymInt)
 
 
 class Context(NamedTuple):
@@ -39,7 +43,7 @@ class Context(NamedTuple):
 def check_sizes(n: int, dim: int) -> None:
     """Raise ValueError for sizes no kernel serves, TypeError for what is no whole number."""
     for name, size in (("n", n), ("dim", dim)):
-        if isinstance(size, bool) or not hasattr(size, "__index__"):
+        if isinstance(size, bool) or not isinstance(size, _WHOLE):
             raise TypeError(f"{name}: got {size!r}, wanted a whole number")
     if not 1 <= n <= MAX_N:
         raise ValueError(f"n: got {n}, wanted 1..{MAX_N} streams")
@@ -272,6 +276,7 @@ class HyperConnection(Float32Parameters):
 def expand(h: torch.Tensor, n: int) -> torch.Tensor:
     """n equal streams from an embedding: [..., C] -> contiguous [..., n, C]. Raises ValueError, TypeError for another dtype."""
     if h.dtype not in STREAM_DTYPES:
-        raise TypeError(f"h: got {h.dtype}, wanted {' or '.join(map(str, STREAM_DTYPES))}: an embedding, not the ids of its tokens")
+        hint = "" if h.is_floating_point() else ": an embedding, not the ids of its tokens"
+        raise TypeError(f"h: got {h.dtype}, wanted {' or '.join(map(str, STREAM_DTYPES))}{hint}")
     check_sizes(n, h.shape[-1] if h.dim() else 0)
     return h.unsqueeze(-2).expand(*h.shape[:-1], n, h.shape[-1]).contiguous()

@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def reserved_sms() -> int:
 def crowds_out(kernel: Any, p: Any, config: Any, multiprocessors: int) -> str | None:
     """Why no boundary takes a kernel's configuration on a GPU with that many multiprocessors, or None."""
     reserved = reserved_sms()
-    why = kernel.crowded(p, config, multiprocessors - reserved)
+    why = kernel.crowded(p, config, max(0, multiprocessors - reserved))
     return f"so that {reserved} multiprocessors are left to NCCL (MHC_RESERVED_SMS): {why}" if why else None
 
 
@@ -56,12 +57,11 @@ class _Step:
     """One kernel of a checked call."""
 
     def __init__(self, signature: Signature, problem: Problem, tokens: int, stream: torch.dtype, device: torch.device, mode: str) -> None:
-        self.name, self.problem, self.tokens, self.device = signature.name, problem, tokens, device
+        self.name, self.problem, self.tokens, self.device, self.mode = signature.name, problem, tokens, device, mode
         dtypes = [stream if t.dtype == "stream" else torch.float32 for t in signature.outputs]
         options = dict(problem.options)
         # the module's function, not a copy of it: tests replace it
         self.reference: Run = lambda *tensors: backend.run_reference(signature.name, tensors, options, dtypes)
-        self.may_use_reference = mode == "auto" and device.type == "cpu"
         self.kernel: Any = None
         if backend.serves_tilelang(mode, device):
             from tl_kernels import KERNELS
@@ -91,9 +91,11 @@ class _Step:
         if reason := self.kernel.unserved(self.problem):
             raise ValueError(f"mhc.{self.name}: {reason}")
         choice = profile.choose(self.kernel.name, self.problem, self.tokens, self.device)
+        program = backend.program_serves(self.mode, self.device, self.kernel, self.problem, choice.impl, choice.config)
         if os.environ.get("MHC_DEBUG") == "1":
-            _report(self.kernel.name, self.problem, self.target, str(choice))
-        if self.may_use_reference and (choice.impl == "reference" or not backend.runs_on_cpu(self.kernel, self.problem, choice.config)):
+            serves = replace(choice, impl="tilelang" if program else "reference")
+            _report(self.kernel.name, self.problem, self.target, str(serves))
+        if not program:
             return self.reference
         return get_launcher(self.kernel, self.problem, choice.config, self.target).bind(self.tokens)
 

@@ -15,7 +15,7 @@ What is not as it should be is said once, by a warning of the logger ``mhc``:
 * tuned at other shapes: the nearest entry that is valid for this shape is used, else the kernel's default;
 * no profile for this GPU: defaults.
 
-Where a default would serve on the CPU, PyTorch does: 2 to 8 times faster there (results/notes.md, 2026-11-30).
+Where a default would serve on the CPU, PyTorch does: 2.5 to 8 times faster there in float32 (results/notes.md, 2026-11-30).
 
 A file asked for by name or path that is malformed raises :class:`ProfileError`; a malformed packaged one found by device name is reported,
 and defaults serve. The CPU never gets an entry tuned on CUDA, nor the reverse.
@@ -415,7 +415,16 @@ def _report_shape(source: _Source, kernel: Kernel, p: Problem, T: int, device: t
     shape = f"n={p.n}" + (f", C={p.C}" if kernel.has_channels else "") + (f", {p.dtype}" if kernel.has_streams else "")
     message = f"{source.path} was not tuned at {shape}, T~{T}: "
     if device.type == "cpu":  # where nobody's time depends on it: one line for all kernels
-        if kernel.has_channels and kernel.has_streams:
+        if choice.origin == "exact":
+            _say(
+                logging.WARNING,
+                "refused",
+                source.path,
+                kernel.name,
+                shape,
+                message=f"{source.path}: {kernel.name}: not served by {refused}",
+            )
+        elif kernel.has_channels and kernel.has_streams:
             dtype = "" if p.dtype == "bfloat16" else f" --dtype {p.dtype}"
             message += "entries of other shapes serve where they are valid, else PyTorch does (said once per shape); "
             message += f"to tune: mhc-tune --gpu cpu --shapes {T}x{p.n}x{p.C}{dtype}"

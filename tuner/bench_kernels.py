@@ -41,16 +41,19 @@ def choices(
         if kernel.unserved_on(p, device_arch(device)) or not (alone or name in DESIGN_KERNELS):
             continue
         served = [profile.choose(name, p, T, device) for T in (shape.T, *tokens)]
-        configs = [c.config for c in served if not _by_pytorch(c.impl, device)]
+        configs = [c.config for c in served if _impl(kernel, p, c, device) == "tilelang"]
         for config in configs + ([kernel.default(p)] if alone and device.type == "cuda" else []):
             found.setdefault((name, p, tuple(sorted(config.items()))), (kernel, p, config))
     return list(found.values())
 
 
-def _by_pytorch(impl: str, device: torch.device) -> bool:
-    """Whether the PyTorch reference serves: on the CPU, where the profile or MHC_BACKEND says so, as a call finds (mhc/plan.py)."""
+def _impl(kernel: Kernel, p: Problem, choice: profile.Choice, device: torch.device) -> str:
+    """What serves where the profile says ``choice``, as a call finds (mhc/plan.py): ``"tilelang"``, or on the CPU ``"reference"``."""
     mode = backend.current()
-    return device.type == "cpu" and (not backend.serves_tilelang(mode, device) or (impl == "reference" and mode == "auto"))
+    if device.type == "cuda":
+        return "tilelang"
+    serves = backend.serves_tilelang(mode, device) and backend.program_serves(mode, device, kernel, p, choice.impl, choice.config)
+    return "tilelang" if serves else "reference"
 
 
 _RESOURCES: dict[Any, dict[str, Any]] = {}
@@ -110,7 +113,9 @@ def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock,
     launches = max(1, min(MOST_LAUNCHES, math.ceil(copied / nbytes))) if device.type == "cuda" else 1
     try:
         choice = profile.choose(name, p, shape.T, device)
-        programs = [("profile" if choice.origin != "default" else "default", dict(choice.config), choice.impl, choice.origin)]
+        programs = [
+            ("profile" if choice.origin != "default" else "default", dict(choice.config), _impl(kernel, p, choice, device), choice.origin)
+        ]
         default = kernel.default(p)
         if device.type == "cuda" and choice.config != default:
             programs.append(("default", default, "tilelang", "default"))
@@ -149,7 +154,7 @@ def bench_kernel(name: str, shape: Shape, dtype: str, rounds: int, clock: Clock,
 
 def _call(kernel: Kernel, p: Problem, config: Config, impl: str, sets: list[tuple[torch.Tensor, ...]], device: torch.device) -> Timed:
     run: Callable[..., object]
-    if _by_pytorch(impl, device):
+    if impl == "reference":
         run = lambda *inputs: run_reference(kernel.name, p, inputs)  # noqa: E731
     else:
         run = get_launcher(kernel, p, config, device_arch(device))

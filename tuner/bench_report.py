@@ -196,6 +196,8 @@ def _kernels(entry: dict[str, Any], graph: bool) -> list[str]:
     rows = []
     for k in entry["kernels"]:
         program = f"{k.get('impl', '')}, {k.get('origin', k['program'])}" if k["program"] == "profile" else k["program"]
+        if k["program"] == "default" and k.get("impl") == "reference":  # a default that PyTorch serves
+            program = "PyTorch"
         cells = [k["kernel"], program, f"{k['bytes'] / 1e6:.2f}"]
         if k["failure"]:
             rows.append([*cells, f"failed: {k['failure']}", *[""] * (len(head) - 4)])

@@ -162,8 +162,7 @@ def _programs(profile: Any, names: Sequence[str], source: str) -> tuple[list[_Wa
     notes = []
     if stale:
         listed = ", ".join(sorted(stale))
-        instead = "PyTorch serves" if profile.provenance.arch == "cpu" else "compiled as they run without them"
-        notes.append(f"{listed}: entries of {source} were tuned for another version of the kernel; {instead}")
+        notes.append(f"{listed}: entries of {source} were tuned for another version of the kernel; compiled is what runs without them")
     if reference:
         notes.append(f"{reference} entries of {source} are served by PyTorch: nothing to compile")
     return list(found.values()), notes

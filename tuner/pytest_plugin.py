@@ -9,7 +9,7 @@ Without ``--mhc-latency`` such tests are skipped; ``-m mhc_latency`` picks them.
 
     pytest --mhc-latency -m mhc_latency --mhc-latency-update     # write the baselines, .mhc-latency/<device>.json; commit them
     pytest --mhc-latency -m mhc_latency                          # compare; without a baseline of this device a test passes, and says so
-    pytest --mhc-latency -m mhc_latency --mhc-latency-strict     # without a baseline it fails
+    pytest --mhc-latency -m mhc_latency --mhc-latency-strict     # without a baseline, or nothing timed, it fails
 
 A kernel fails when it is slower than its baseline by more than ``--mhc-latency-tolerance`` (0.05), by more than 0.5 us, and by more than
 its noise band, which stands in the baseline, or that of the runs at hand where this is wider (tuner/regression.py has the rule). Each
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 FIXTURE = "mhc_latency"
 OPTION = "--mhc-latency"
-UNUSED = "was asked for and never called: nothing was timed; wanted mhc_latency(lambda: my_kernel(x))"
+UNUSED = "timed nothing; wanted mhc_latency(lambda: my_kernel(x))"
 WHY_SKIPPED = f"times a kernel, which takes {OPTION}"
 #: Both names that this module may be registered under: by the entry point, and by ``-p`` or a conftest's ``pytest_plugins``.
 NAMES = ("mhc-latency", __name__)
@@ -70,7 +70,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group = parser.getgroup("mhc-latency", "latencies of kernels (fixture mhc_latency)")
     group.addoption(OPTION, action="store_true", help="Run the tests that time kernels; they are skipped otherwise.")
     group.addoption(f"{OPTION}-update", action="store_true", help="Write what was measured as the baseline; nothing regresses then.")
-    group.addoption(f"{OPTION}-strict", action="store_true", help="Fail where there is no baseline of this device.")
+    group.addoption(f"{OPTION}-strict", action="store_true", help="Fail where there is no baseline of this device, or nothing timed.")
     group.addoption(
         f"{OPTION}-tolerance", type=_share, default=0.05, metavar="SHARE", help="Slower by this share is not slower. Default: 0.05."
     )

@@ -109,7 +109,7 @@ def _workloads(request: Request) -> list[Workload]:
         for option in ("workloads", "workloads_file", "tokens"):
             if getattr(request, option) is not None:
                 raise TuneError(f"--shapes, --{option.replace('_', '-')}: got both, wanted one; a shape says its n, C and tokens itself")
-        return shape_workloads(request.shapes, request.dtype or "bfloat16")
+        return shape_workloads(request.shapes, "bfloat16" if request.dtype is None else request.dtype)
     if request.dtype is not None:
         raise TuneError("--dtype: wanted --shapes beside it; a workload has a dtype of its own")
     try:

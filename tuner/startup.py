@@ -177,11 +177,17 @@ def _start(arguments: list[str], env: Path | None, folder: Path, more: Mapping[s
     try:
         said = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        lines = done.stderr.strip().splitlines()
-        return None, f"exit code {done.returncode}" + (f": {lines[-1].strip()[:300]}" if lines else "")
+        return None, f"exit code {done.returncode}" + _last_line(done.stderr)
     if "missing" in said:
         return None, f"not installed: {said['missing']}"
+    if more and not said["bundled"]:  # on the CPU PyTorch served
+        return None, "no program of the bundle serves this shape" + _last_line(done.stderr)
     return {moment: said[moment] - begun for moment in MOMENTS}, None
+
+
+def _last_line(stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    return f": {lines[-1].strip()[:300]}" if lines else ""
 
 
 def _store(result: dict[str, Any], start: Start, seconds: dict[str, float] | None, failure: str | None) -> None:

@@ -14,6 +14,8 @@ FIGURES = ("torch imported", "ready", "first step ended", "beyond torch", "secon
 def markdown(result: dict[str, Any]) -> str:
     """The table, one line a way to start."""
     missing = unfinished(result)
+    on_cpu = result["hardware"].get("arch") == "cpu" and any(row["setup"] == "bundle" for row in result["rows"])
+    served = "Cold and cached every kernel is a program; with a bundle PyTorch serves what it has not. " if on_cpu else ""
     lines = [
         f"# From the start of a script to the end of its first step, {result['hardware']['name']}",
         "",
@@ -23,7 +25,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"One boundary, identity layer, forward + backward, T x n x C = {result['T']} x {result['n']} x {result['C']}, {result['dtype']}. "
         "Seconds since the process was started, medians (least to most). Cold: every compiler's cache is empty; cached: filled by the cold "
-        "start; bundle: empty caches, programs compiled elsewhere, no compiler on PATH. Beyond torch: first step less the import of torch.",
+        "start; bundle: empty caches, programs compiled elsewhere, no compiler on PATH. "
+        f"{served}Beyond torch: first step less the import of torch.",
         "",
         *([f"**{missing}.**", ""] if missing else []),
         f"| implementation | start | {' | '.join(FIGURES)} | starts |",

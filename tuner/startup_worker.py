@@ -1,7 +1,8 @@
 """``python -m tuner.startup_worker RIVAL T n C DTYPE DEVICE``: start as a training script does, up to the end of its first step.
 
 Prints a JSON object: the wall clock (seconds since the epoch) when Python ran, when torch was imported, when the implementation was
-imported and its parameters were on the device, and when the first and the second forward + backward had ended; or ``{"missing": why}``.
+imported and its parameters were on the device, and when the first and the second forward + backward had ended, and how many programs were
+taken from a bundle; or ``{"missing": why}``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def main(name: str, T: str, n: str, C: str, dtype: str, device: str) -> None:
     for step in ("first", "second"):
         boundary.forward_backward(case.dy)
         stamps[step] = done()
-    print(json.dumps(stamps))
+    ours = sys.modules.get("mhc.bundle")
+    bundle = ours.loaded() if ours else None
+    print(json.dumps({**stamps, "bundled": bundle.used if bundle else 0}))
 
 
 if __name__ == "__main__":

@@ -117,9 +117,17 @@ def _is_no_url(error: BaseException) -> bool:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of an ``sqlite:///`` URL; None for other URLs, and where the database is in memory."""
-    name = re.sub(r"^sqlite(\+\w+)?:///", "", url.strip()).partition("?")[0] if url.strip().startswith("sqlite") else ""
-    return Path(name) if name and name != ":memory:" and not name.startswith(("sqlite:", "file:")) else None
+    """The file of an ``sqlite:///`` URL; None for other URLs and what is none, and where the database is in memory or a URI of SQLite's."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url.strip())
+    except (ArgumentError, ValueError):  # a port that is no number
+        return None
+    name = parsed.database or ""
+    in_memory = name in ("", ":memory:") or name.startswith("file:")
+    return None if in_memory or parsed.get_backend_name() != "sqlite" else Path(name)
 
 
 def is_private(storage: optuna.storages.RDBStorage) -> bool:

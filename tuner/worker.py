@@ -62,9 +62,6 @@ def open_orders(store: Store, hardware: Hardware, kernels: Sequence[str]) -> tup
 def work(request: WorkerRequest) -> int:
     """Work until no study is open; returns the exit code. Raises :class:`TuneError` for what the user can mend."""
     kernels = pick_kernels(split_names(request.kernels))
-    file = sqlite_file(request.storage)
-    if file is not None and not request.wait and not file.exists():
-        raise TuneError(f"--storage {request.storage}: {file} does not exist, wanted what mhc-tune was given; --wait waits for it")
     hardware, devices = find_hardware(request.gpu, request.devices)
     writer = None if request.output is None else ProfileWriter(request.output, hardware)
     effort = effort_of(hardware.arch, "quick")
@@ -79,6 +76,9 @@ def work(request: WorkerRequest) -> int:
         log=worker_log(),
         search_seed=random.SystemRandom().randrange(2**31),
     )
+    file = sqlite_file(request.storage)
+    if file is not None and not request.wait and not file.exists():
+        raise TuneError(f"--storage {redacted(request.storage)}: no such file, wanted what mhc-tune was given; --wait waits for it")
     console = make_console()
     # a study that came to nothing here is not begun again; somebody else may have more luck
     left_alone: set[str] = set()

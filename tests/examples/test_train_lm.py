@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -39,9 +40,11 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def _backend(request):
-    """The reference serves, for a new shape costs a minute of compiling; one test, at a shape of tests/mhc, and those on a GPU do not."""
+    """The reference serves, for a new shape costs a minute of compiling; but in one test, at a shape of tests/mhc, and on a GPU what serves
+    every test (tests/conftest.py).
+    """
     kernels = request.node.name == "test_all_three_run_and_are_written" or request.node.get_closest_marker("gpu")
-    with mhc.use_backend("auto" if kernels else "reference"):
+    with contextlib.nullcontext() if kernels else mhc.use_backend("reference"):
         yield
 
 

@@ -309,15 +309,31 @@ def test_on_a_cpu_without_a_compiler_pytorch_serves_what_the_bundle_has_not(made
     ((said,), err) = results(start(made[0], profile, "cpu", "boundary", C, tmp_path / "cache", path="", backend="auto"))
     assert said["error"] < 3e-2
     assert ("no C++ compiler on PATH: the PyTorch reference serves what the bundle has not" in err) == beside
+    assert err.count("no program for post_res ") == beside
     assert (said["imported"] == []) != beside
+
+
+def test_a_bundle_that_does_not_fit_where_no_compiler_is_leaves_pytorch_and_is_said_once(copied, caplog, monkeypatch):
+    respell(copied, toolchain={"tilelang": "0.0.1"})
+    mhc.load_bundle(copied)
+    monkeypatch.setattr(backend, "_cpu_target", lambda: False)
+    pre = KERNELS["pre"]
+    p = pre.problem(N, C)
+    for _ in range(2):
+        assert not backend.program_serves("auto", torch.device("cpu"), pre, p, "tilelang", pre.default(p))
+    (record,) = caplog.records
+    assert "compiled by TileLang 0.0.1, wanted 0.1" in record.getMessage()
+    assert record.getMessage().endswith("; PyTorch serves")
+    assert bundles.loaded().used == 0
 
 
 def test_a_bundle_is_asked_quietly_before_a_compiler(made, caplog):
     mhc.load_bundle(made[0])
     pre, post_res = KERNELS["pre"], KERNELS["post_res"]
     p, q = pre.problem(N, C), post_res.problem(N, C)
-    assert backend.runs_on_cpu(pre, p, pre.default(p))
+    assert backend.program_serves("auto", torch.device("cpu"), pre, p, "tilelang", pre.default(p))
     found = bundles.loaded()
+    assert found.used == 1
     assert not found.holds(post_res, q, post_res.default(q), "cpu")
     assert not found.holds(pre, p, pre.default(p), "sm_90a")
     assert not caplog.records

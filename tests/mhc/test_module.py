@@ -260,7 +260,13 @@ class TestOptions:
             mhc.HyperConnection(**{"dim": 32, **options})
 
     @pytest.mark.parametrize(
-        ("options", "message"), [({"n": 4.0}, "n: got 4.0"), ({"dim": "64"}, "dim: got '64'"), ({"n": True}, "n: got True")]
+        ("options", "message"),
+        [
+            ({"n": 4.0}, "n: got 4.0"),
+            ({"dim": "64"}, "dim: got '64'"),
+            ({"n": True}, "n: got True"),
+            ({"dim": torch.tensor(64.0)}, r"dim: got tensor\(64\.\)"),
+        ],
     )
     def test_sizes_that_are_no_whole_numbers(self, options, message):
         for module in (mhc.HyperConnection, mhc.HyperHead):
@@ -370,3 +376,11 @@ class TestExpand:
     def test_ids_of_tokens_are_no_embedding(self):
         with pytest.raises(TypeError, match=r"h: got torch\.int64, wanted torch\.bfloat16 or .*: an embedding, not the ids of its tokens"):
             mhc.expand(torch.zeros(5, 8, dtype=torch.int64), 4)
+        with pytest.raises(TypeError, match=r"h: got torch\.float64, wanted torch\.bfloat16 or torch\.float16 or torch\.float32$"):
+            mhc.expand(torch.zeros(5, 8, dtype=torch.float64), 4)
+
+    def test_compiles_with_a_width_that_changes(self):
+        expand = torch.compile(lambda h: mhc.expand(h, 3), backend="eager", fullgraph=True, dynamic=True)
+        for C in (8, 12):
+            h = torch.randn(5, C)
+            assert torch.equal(expand(h), mhc.expand(h, 3))

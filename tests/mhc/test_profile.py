@@ -306,6 +306,13 @@ def test_on_the_cpu_pytorch_serves_what_no_entry_does(tmp_path, said):
     assert shapes[1].endswith("mhc-tune --gpu cpu --shapes 64x4x96 --dtype float32")
 
 
+def test_on_the_cpu_too_an_entry_that_is_refused_is_named(tmp_path, said):
+    load(tmp_path, entry(tokens=64, config={"block_C": 4096, "threads": 64}), entry(tokens=128), **ON_CPU)
+    assert choose("post_res", SHAPE, 64, CPU).origin == "exact"
+    (line,) = said()
+    assert "post_res: not served by the entry n=4, C=2560, bfloat16, tokens=64: block_C=4096: larger than C=2560" in line
+
+
 def test_load_profile_wins_over_the_environment_and_that_over_the_packaged(machine, tmp_path, monkeypatch):
     save_profile(profile(entry(config=A)), machine / "h100.yaml")
     assert choose("post_res", SHAPE, 8192, H100).config == A

@@ -20,6 +20,7 @@ from tuner.bench import bench, take_rounds
 from tuner.bench_case import GRADIENTS, Case, Shape
 from tuner.bench_entrant import release
 from tuner.bench_plan import BenchRequest, make_plan
+from tuner.bench_report import _kernels
 from tuner.bench_rivals import RIVALS, Boundary, Rival
 from tuner.errors import INTERRUPTED, TuneError
 from tuner.timing import Clock
@@ -152,6 +153,21 @@ def test_a_failing_kernel_is_a_line(monkeypatch):
     monkeypatch.setattr(bench_kernels, "_call", broken)
     (row,) = bench_kernels.bench_kernel("pre", Shape(4, 2, 16), "float32", 2, Clock("cpu"), COPY)
     assert row["failure"] == "RuntimeError: nvcc fatal: no such flag"
+
+
+@pytest.mark.parametrize(("mode", "impl"), [("auto", "reference"), ("tilelang", "tilelang")])
+def test_a_row_says_what_was_timed(monkeypatch, mode, impl):
+    """On the CPU, without an entry: PyTorch, but where programs are asked for."""
+    timed = []
+    monkeypatch.setattr(bench_kernels, "run_reference", lambda *args: timed.append("reference"))
+    monkeypatch.setattr(bench_kernels, "get_launcher", lambda *args: lambda *inputs: timed.append("tilelang"))
+    with use_backend(mode):
+        (row,) = bench_kernels.bench_kernel("pre", Shape(4, 2, 16), "float32", 2, Clock("cpu"), COPY)
+    assert set(timed) == {impl}
+    assert (row["impl"], row["program"]) == (impl, "default")
+    table = "\n".join(_kernels({"kernels": [row]}, graph=False))
+    assert ("| PyTorch |" in table) == (impl == "reference")
+    assert ("| default |" in table) == (impl == "tilelang")
 
 
 def test_kernels_are_compiled_ahead_once_each_where_tilelang_serves():

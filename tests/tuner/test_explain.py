@@ -165,6 +165,13 @@ def test_a_design_that_would_leave_nccl_too_little_is_said_to_be_taken_by_no_bou
     assert ("112 blocks wait for each other, wanted at most 100" in text) != taken
 
 
+def test_a_kernel_whose_blocks_do_not_wait_is_taken_however_many_multiprocessors_are_left_to_nccl(said, monkeypatch):
+    monkeypatch.setenv("MHC_RESERVED_SMS", "200")
+    gpu = PROVENANCE.model_copy(update={"gpu": "NVIDIA H100 80GB HBM3", "arch": "sm_90a", "sm_count": 132})
+    _, text = said("64x4x64", entry("pre"), where=gpu)
+    assert "none takes it" not in text
+
+
 def test_reserved_multiprocessors_that_are_no_number_are_one_line(said, monkeypatch):
     monkeypatch.setenv("MHC_RESERVED_SMS", "some")
     with pytest.raises(TuneError, match="MHC_RESERVED_SMS: got 'some', wanted a number of multiprocessors"):

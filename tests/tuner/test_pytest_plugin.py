@@ -117,10 +117,10 @@ def test_a_test_that_times_nothing_says_so(runner):
     runner.test("import pytest\n\ndef test_a(mhc_latency):\n    pass\n\ndef test_b(mhc_latency):\n    pytest.skip('no such GPU')\n")
     result = runner.run()
     result.assert_outcomes(passed=1, skipped=1, warnings=1)
-    says(result, "PytestWarning: mhc_latency was asked for and never called: nothing was timed")
+    says(result, "PytestWarning: mhc_latency timed nothing")
     result = runner.run("--mhc-latency-strict")
     result.assert_outcomes(passed=1, skipped=1, errors=1)
-    says(result, "mhc_latency was asked for and never called")
+    says(result, "mhc_latency timed nothing")
 
 
 def test_strict_fails_without_a_baseline(runner):

@@ -244,6 +244,7 @@ def folder() -> Iterator[Path]:
         try:
             for file, text in FILES.items():
                 Path(file).write_text(text)
+            Path("study.db").touch()  # a worker joins in, and makes no storage
             Path("folder").mkdir()
             os.mkfifo("fifo")
             os.symlink("loop", "loop")

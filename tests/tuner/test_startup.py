@@ -74,6 +74,19 @@ def test_a_start_that_fails_is_a_row_that_says_why(script, wanted, tmp_path, mon
     assert f"- mhc (this project), cold: {wanted}" in text
 
 
+def test_a_start_from_a_bundle_of_which_nothing_is_used_is_no_start_from_it(tmp_path, monkeypatch):
+    """Where PyTorch serves, on the CPU."""
+    stamps = json.dumps({**dict.fromkeys(MOMENTS, 1.0), "bundled": 0})
+    script = f"import sys; print('it was compiled for vax', file=sys.stderr); print({stamps!r})"
+    monkeypatch.setattr(module, "python_command", lambda env, arguments, links: ([sys.executable, "-c", script], {}))
+    monkeypatch.setattr("mhc.bundle.Bundle", lambda path: None)
+    code, rows, text = run(replace(TINY, bundle=tmp_path / "b"), tmp_path)
+    assert code == 1
+    assert rows["ours", "cold"]["failure"] is None
+    assert rows["ours", "bundle"]["failure"] == "no program of the bundle serves this shape: it was compiled for vax"
+    assert "with a bundle PyTorch serves what it has not" in text
+
+
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
     def planted(arguments, env, folder, more):
         if any(folder.iterdir()):
