@@ -2,8 +2,9 @@
 
 ``HyperConnection`` wraps a layer, ``chain`` runs a list of them, ``expand`` and ``HyperHead`` (or ``reduce_mean``, ``reduce_sum``) stand at
 the two ends of the model, ``load_profile`` picks a tuned profile by path or name, ``load_bundle`` a folder of compiled kernels,
-``use_backend`` an implementation; ``convert`` has converters of checkpoints, ``stability`` measures of H_res. The operators are in
-``torch.ops.mhc``. Importing this package does not import TileLang; the first kernel call does, unless a bundle has the kernel.
+``warm_up`` compiles a model's kernels side by side, ``use_backend`` picks an implementation; ``convert`` has converters of checkpoints,
+``stability`` measures of H_res. The operators are in ``torch.ops.mhc``. Importing this package does not import TileLang; the first kernel
+call does, unless a bundle has the kernel.
 """
 
 from mhc import convert, ops, stability
@@ -13,6 +14,7 @@ from mhc.chain import chain
 from mhc.head import HyperHead, reduce_mean, reduce_sum
 from mhc.module import Context, HyperConnection, expand
 from mhc.profile import ProfileError, load_profile, read_profile
+from mhc.warm_up import warm_up
 
 __version__ = "0.1.0"
 
@@ -33,4 +35,5 @@ __all__ = [
     "reduce_sum",
     "stability",
     "use_backend",
+    "warm_up",
 ]

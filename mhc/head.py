@@ -42,6 +42,10 @@ class HyperHead(Float32Parameters):
         nn.init.constant_(self.hc_base, initial_pre_logit(self.n))
         nn.init.constant_(self.hc_scale, INIT_ALPHA)
 
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """The operators of :mod:`mhc.ops` that a call makes, each with its options in order."""
+        return [("project", (self.norm_eps,)), ("activate", (self.eps,)), ("pre", ())]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Streams x [..., n, dim] -> [..., dim] in x's dtype. Raises ValueError for another shape."""
         x_TnC = flatten_streams(x, self.n, self.dim)

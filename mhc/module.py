@@ -192,6 +192,14 @@ class HyperConnection(Float32Parameters):
         H_pre, H_post, H_res = self._coefficients(flatten_streams(x, self.n, self.dim))
         return H_pre.reshape(*lead, self.n), H_post.reshape(*lead, self.n), H_res.reshape(*lead, self.n, self.n)
 
+    def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """The operators of :mod:`mhc.ops` that the methods may call, each with its options in order."""
+        if self.fused:
+            options = self._weights()[3:]
+            return [("enter", options), ("boundary", options), ("leave", ())]
+        sinkhorn = [("sinkhorn", (self.sinkhorn_iters, self.sinkhorn_eps, self.order))] if self.residual_mixing else []
+        return [("project", (self.norm_eps,)), ("activate", (self.pre_eps, self.post_mult)), *sinkhorn, ("pre", ()), ("post_res", ())]
+
     def _weights(self) -> tuple[Any, ...]:
         """phi, alpha, b and the options, as :func:`mhc.ops.enter` takes them."""
         iters = self.sinkhorn_iters if self.residual_mixing else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ Run = Callable[..., tuple[torch.Tensor, ...]]
 Body = Callable[..., Any]
 #: The kernels of a design, and what hands tensors from one to the next.
 Design = tuple[tuple[Signature, ...], Body]
+#: What ``tl_kernels.launch.get_launcher`` takes.
+Program = tuple[Any, Problem, Mapping[str, Any], str]
 
 _MAX_PLANS = 4096
 #: Share by which another design must be faster: its kernels' times come from runs of their own, and one launch more is not in them.
@@ -82,12 +84,10 @@ class _Step:
                 return None
         return tuned.time_us
 
-    def choose(self) -> Run:
-        """What serves this step under the present profile."""
+    def program(self) -> Program | None:
+        """What serves this step under the present profile; None where the reference does."""
         if self.kernel is None:
-            return self.reference
-        from tl_kernels.launch import get_launcher
-
+            return None
         if reason := self.kernel.unserved(self.problem):
             raise ValueError(f"mhc.{self.name}: {reason}")
         choice = profile.choose(self.kernel.name, self.problem, self.tokens, self.device)
@@ -95,9 +95,16 @@ class _Step:
         if os.environ.get("MHC_DEBUG") == "1":
             serves = replace(choice, impl="tilelang" if program else "reference")
             _report(self.kernel.name, self.problem, self.target, str(serves))
-        if not program:
+        return (self.kernel, self.problem, choice.config, self.target) if program else None
+
+    def choose(self) -> Run:
+        """:meth:`program`, ready to run."""
+        program = self.program()
+        if program is None:
             return self.reference
-        return get_launcher(self.kernel, self.problem, choice.config, self.target).bind(self.tokens)
+        from tl_kernels.launch import get_launcher
+
+        return get_launcher(*program).bind(self.tokens)
 
 
 class _Plan:
@@ -159,11 +166,22 @@ def _check(
     )
 
 
+_IMPLEMENTED: dict[str, tuple[Signature, tuple[Design, ...]]] = {}
+
+
+def programs(name: str, tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> list[Program]:
+    """What a call of an operator with such tensors, of which nothing but shape, dtype and device counts, would run. Raises as that does."""
+    signature, designs = _IMPLEMENTED[name]
+    steps, _ = _fastest(_check(signature, designs, tensors, options, backend.current()).designs)
+    return [program for step in steps if (program := step.program()) is not None]
+
+
 def implementation(signature: Signature, *designs: Design) -> Callable[..., Any]:
     """The operator ``signature`` on real tensors: ``body(runs, *tensors)`` with a function for each kernel of a design.
 
     The tensors are contiguous, begin at a multiple of 16 bytes and are checked, tickets left out.
     """
+    _IMPLEMENTED[signature.name] = signature, designs
     plans: dict[Any, _Plan] = {}
     count = len(signature.inputs)
     data = [i for i, t in enumerate(signature.inputs) if t.name not in signature.tickets]

@@ -188,12 +188,21 @@ class Launcher:
         return tuple(results)
 
 
+def _key(kernel: Kernel, p: Problem, cfg: Config, target: str) -> tuple[Any, ...]:
+    return (kernel, p, tuple(sorted(cfg.items())), target)
+
+
+def is_loaded(kernel: Kernel, p: Problem, cfg: Config, target: str) -> bool:
+    """Whether :func:`get_launcher` has made the launcher of a configuration."""
+    return _key(kernel, p, cfg, target) in _LAUNCHERS
+
+
 def get_launcher(kernel: Kernel, p: Problem, cfg: Config, target: str) -> Launcher:
     """The process-wide launcher of a configuration, compiled at the first call only.
 
     Threads that ask for the same one wait for the first. Others compile beside it on the CPU target, after it for CUDA (``_PARSING``).
     """
-    key = (kernel, p, tuple(sorted(cfg.items())), target)
+    key = _key(kernel, p, cfg, target)
     launcher = _LAUNCHERS.get(key)
     if launcher is None:
         with _LOCK:

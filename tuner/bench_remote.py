@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mhc.child_python import module_arguments
 from tuner.bench_entrant import Spec, empty_row
-from tuner.child_python import module_arguments
 from tuner.errors import TuneError
 
 #: Seconds for a start, for compiling and checking one entrant, and for anything else.

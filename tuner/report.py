@@ -434,7 +434,7 @@ def _startup(name: str, device: Device) -> Section:
     intro = (
         f"Seconds from the start of a process to the end of its first forward + backward of one boundary, T × n × C = {found.T} × "
         f"{found.n} × {found.C}, {found.dtype} ({found.date}); medians. Cold: nothing was ever compiled here; cached: a second start; "
-        "bundle: compiled elsewhere, no compiler on PATH."
+        "warm_up: cold, compiled by mhc.warm_up before the step; bundle: compiled elsewhere, no compiler on PATH."
     )
     lacks = unfinished(found.model_dump())
     return Section(name, title, intro, tables=(("", tables.started(found)),), missing=(lacks,) if lacks else ())

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
+from mhc.child_python import module_arguments
 from mhc.files import replace_file
 from tuner.bench_case import TOLERANCE, Shape
 from tuner.bench_display import BenchDisplay
 from tuner.bench_remote import find_env, parse_envs, python_command
 from tuner.bench_rivals import check_rivals, rival, rival_names
-from tuner.child_python import module_arguments
 from tuner.errors import INTERRUPTED, TuneError, one_line, unknown, writing
 from tuner.hardware import Hardware, resolve
 from tuner.plan import split_names
@@ -51,6 +51,10 @@ CACHES = {
 COMPILERS = ("CUDA_HOME", "CUDA_PATH", "NVCC", "CXX", "CC")
 #: Moments of a start, in their order.
 MOMENTS = ("python", "torch", "ready", "first", "second")
+
+
+#: The way to start that :mod:`tuner.startup_worker` is told of: as cold, but programs are compiled side by side before the first step.
+WARM_UP = "warm_up"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def run_startup(request: StartupRequest) -> int:
     code = 0
     try:
         with BenchDisplay() as display:
-            display.stage("starting", request.repeats * (2 * len(rivals) + (request.bundle is not None)))
+            display.stage("starting", request.repeats * (2 * len(rivals) + ("ours" in rivals) + (request.bundle is not None)))
             for _ in range(request.repeats):
                 for start, seconds, failure in _starts(rivals, request, hardware.device, shape, envs):
                     _store(result, start, seconds, failure)
@@ -142,12 +146,15 @@ Outcome = tuple[Start, "dict[str, float] | None", "str | None"]
 
 
 def _starts(rivals: list[str], request: StartupRequest, device: str, shape: Shape, envs: Mapping[str, Path]) -> Iterator[Outcome]:
-    """One round: every implementation cold and then cached, and ours from its bundle."""
+    """One round: every implementation cold and then cached, and ours warmed up and from its bundle."""
     for name in rivals:
         arguments = [name, str(shape.T), str(shape.n), str(shape.C), request.dtype, device]
         with tempfile.TemporaryDirectory(prefix="mhc-startup-") as folder:
             for setup in ("cold", "cached"):
                 yield (Start(name, setup), *_start(arguments, find_env(name, envs), Path(folder), {}))
+        if name == "ours":
+            with tempfile.TemporaryDirectory(prefix="mhc-startup-") as folder:
+                yield (Start(name, WARM_UP), *_start([*arguments, WARM_UP], find_env(name, envs), Path(folder), {}))
         if name == "ours" and request.bundle is not None:
             with tempfile.TemporaryDirectory(prefix="mhc-startup-") as folder:
                 variables = {"MHC_BUNDLE": str(request.bundle.absolute()), "PATH": ""}
@@ -164,7 +171,7 @@ def _start(arguments: list[str], env: Path | None, folder: Path, more: Mapping[s
     hidden = ("MHC_BUNDLE", *(COMPILERS if more else ()))
     variables = {k: v for k, v in variables.items() if k not in hidden}
     variables |= {variable: str(folder / name) for variable, name in CACHES.items()} | dict(more)
-    if arguments[-1] == "cpu":
+    if "cpu" in arguments:
         # on the CPU PyTorch may serve, and starts at once; of a bundle it is what the profile has that is started
         variables.setdefault("MHC_BACKEND", "auto" if more else "tilelang")
     begun = time.time()

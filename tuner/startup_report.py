@@ -25,7 +25,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"One boundary, identity layer, forward + backward, T x n x C = {result['T']} x {result['n']} x {result['C']}, {result['dtype']}. "
         "Seconds since the process was started, medians (least to most). Cold: every compiler's cache is empty; cached: filled by the cold "
-        "start; bundle: empty caches, programs compiled elsewhere, no compiler on PATH. "
+        "start; warm_up: empty caches, and mhc.warm_up first, so that ready counts compiling; "
+        "bundle: empty caches, programs compiled elsewhere, no compiler on PATH. "
         f"{served}Beyond torch: first step less the import of torch.",
         "",
         *([f"**{missing}.**", ""] if missing else []),

@@ -1,4 +1,4 @@
-"""``python -m tuner.startup_worker RIVAL T n C DTYPE DEVICE``: start as a training script does, up to the end of its first step.
+"""``python -m tuner.startup_worker RIVAL T n C DTYPE DEVICE [warm_up]``: start as a training script does, up to the end of its first step.
 
 Prints a JSON object: the wall clock (seconds since the epoch) when Python ran, when torch was imported, when the implementation was
 imported and its parameters were on the device, and when the first and the second forward + backward had ended, and how many programs were
@@ -19,7 +19,7 @@ import torch  # noqa: E402
 TORCH = time.time()
 
 
-def main(name: str, T: str, n: str, C: str, dtype: str, device: str) -> None:
+def main(name: str, T: str, n: str, C: str, dtype: str, device: str, warm_up: str = "") -> None:
     from tuner.bench_case import Case
     from tuner.bench_rivals import rival
     from tuner.errors import one_line
@@ -31,6 +31,10 @@ def main(name: str, T: str, n: str, C: str, dtype: str, device: str) -> None:
 
     case = Case.random(int(T), int(n), int(C), getattr(torch, dtype), torch.device(device))
     try:
+        if warm_up:
+            import mhc
+
+            mhc.warm_up(mhc.HyperConnection(int(C), int(n), device=case.x.device), int(T), case.x.dtype)
         boundary = rival(name).make(case)
     except ImportError as error:
         print(json.dumps({"missing": one_line(error)}))

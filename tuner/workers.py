@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tuner.child_python import module_arguments
+from mhc.child_python import module_arguments
 from tuner.storage import STORAGE_VARIABLE
 
 START_TIMEOUT_S = 180.0

@@ -34,7 +34,10 @@ def test_a_start_goes_through_its_moments_in_order_and_finds_what_was_cached(tmp
         assert times[0] > 0
         assert row["failure"] is None
     cold, cached = (rows["ours", setup]["samples"][0] for setup in ("cold", "cached"))
-    assert cached["first"] - cached["ready"] < cold["first"] - cold["ready"]  # nothing is compiled
+    warmed = rows["ours", "warm_up"]["samples"][0]
+    for start in (cached, warmed):
+        assert start["first"] - start["ready"] < cold["first"] - cold["ready"]  # nothing is compiled
+    assert warmed["ready"] - warmed["torch"] > cold["ready"] - cold["torch"]
     assert "| mhc (this project) | cached |" in text
 
 
@@ -49,10 +52,11 @@ def test_a_bundle_starts_with_no_compiler_on_the_path(tmp_path, monkeypatch):
     monkeypatch.setattr("mhc.bundle.Bundle", lambda path: None)
     code, rows, _ = run(replace(TINY, bundle=tmp_path / "b", rivals="ours,eager", repeats=2), tmp_path)
     assert code == 0
-    assert list(rows) == [("ours", "cold"), ("ours", "cached"), ("ours", "bundle"), ("eager", "cold"), ("eager", "cached")]
+    assert list(rows) == [("ours", s) for s in ("cold", "cached", "warm_up", "bundle")] + [("eager", "cold"), ("eager", "cached")]
     assert all(len(row["samples"]) == 2 for row in rows.values())
-    cold, cached, bundle = seen[:3]
-    assert cold[1] == cached[1] != bundle[1]
+    cold, cached, warmed, bundle = seen[:4]
+    assert len({cold[1], cached[1], warmed[1], bundle[1]}) == 3
+    assert cold[1] == cached[1]
     assert bundle[2] == {"MHC_BUNDLE": str(tmp_path / "b"), "PATH": ""}
 
 

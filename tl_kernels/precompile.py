@@ -1,0 +1,82 @@
+"""``python -m tl_kernels.precompile RELEASE PROGRAM...``: compile programs into TileLang's disk cache, for other processes to load.
+
+Several processes may be told the same programs at once, those of one rank and of all ranks of a node: each program is compiled by one of
+them, and all end when all are compiled. A mark in the cache's folder tells that a program is there, so that nobody need import TileLang to
+find out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tl_kernels import KERNELS
+from tl_kernels.spec import Config, Kernel, Problem
+
+
+def told(kernel: Kernel, p: Problem, cfg: Config, target: str) -> str:
+    """PROGRAM."""
+    return json.dumps([kernel.name, [p.n, p.C, p.dtype, p.options], dict(sorted(cfg.items())), target])
+
+
+def mark(release: str, kernel: Kernel, p: Problem, cfg: Config, target: str) -> Path:
+    """The file that is there once ``release`` of TileLang has compiled the program."""
+    text = told(kernel, p, cfg, target) + kernel.source_hash + release
+    cache = Path(os.environ.get("TILELANG_CACHE_DIR") or "~/.tilelang/cache").expanduser()
+    return cache / "mhc" / hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether nobody else holds ``path``; with ``wait`` True in the end. True where the file system has no locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        except (ImportError, OSError):
+            yield True
+        else:
+            yield True
+
+
+def main(release: str, *programs: str, tick: Callable[[], object] = lambda: None) -> None:
+    """Compile what :func:`told` said and nobody else does, then wait for the others; ``tick`` after each.
+
+    Raises what TileLang and the compiler raise, when all else is done.
+    """
+    failure = None
+    for wait in (False, True):
+        for program in programs:
+            name, (n, C, dtype, options), cfg, target = json.loads(program)
+            kernel, p = KERNELS[name], Problem(n, C, dtype, tuple((k, v) for k, v in options))
+            done = mark(release, kernel, p, cfg, target)
+            with _locked(done.with_suffix(".lock"), wait) as mine:
+                if mine and not done.exists():
+                    try:
+                        _compile(kernel, p, cfg, target)
+                        done.touch()
+                    except Exception as e:
+                        failure = e
+            tick()
+    if failure is not None:
+        raise failure
+
+
+def _compile(*program: Any) -> None:
+    from tl_kernels.launch import compile_kernel
+
+    compile_kernel(*program)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
