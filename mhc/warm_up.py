@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +64,13 @@ def warm_up(
     users = [m for m in module.modules() if isinstance(m, (HyperConnection, HyperHead))]
     if not users:
         raise ValueError(f"module: got {type(module).__name__} without an mhc.HyperConnection or mhc.HyperHead in it")
-    found = {told(*program): program for user in users for T in counts for program in _programs(user, T, dtype, backward)}
+    # one that no other follows has nothing to cross to
+    several = Counter((user.n, user.dim) for user in users if isinstance(user, HyperConnection))
+    alone = {size for size, count in several.items() if count == 1}
+    found: dict[str, Program] = {}
+    for user in users:
+        calls = [call for call in user.operators() if call[0] != "boundary" or (user.n, user.dim) not in alone]
+        found |= {told(*program): program for T in counts for program in _programs(user, calls, T, dtype, backward)}
     # the last of NAMES, which do most in one launch, take longest
     heaviest_first = sorted(found.values(), key=lambda program: -NAMES.index(program[0].name))
     return _make_ready(heaviest_first, jobs or _share_of_processors())
@@ -79,7 +87,9 @@ def _counts(tokens: int | Iterable[int]) -> list[int]:
     return counts
 
 
-def _programs(user: HyperConnection | HyperHead, T: int, dtype: torch.dtype, backward: bool) -> Iterator[Program]:
+def _programs(
+    user: HyperConnection | HyperHead, operators: Sequence[tuple[str, tuple[Any, ...]]], T: int, dtype: torch.dtype, backward: bool
+) -> Iterator[Program]:
     parameter = next(user.parameters(recurse=False))
     if parameter.device.type not in ("cpu", "cuda"):
         raise ValueError(f"module: got parameters on {parameter.device}, wanted them where they run, on cpu or cuda")
@@ -92,7 +102,7 @@ def _programs(user: HyperConnection | HyperHead, T: int, dtype: torch.dtype, bac
         found = [torch.empty((), dtype=d, device=parameter.device) for d in dtypes]
         return tuple(one.expand(t.resolve(size)) for one, t in zip(found, signature.inputs, strict=True))
 
-    for name, given in user.operators():
+    for name, given in operators:
         forward, back = (PAIRS | COMPOSITES)[name]
         options = forward.options | dict(zip(forward.options, given, strict=False))
         yield from plan.programs(forward.name, stand_ins(forward), options)

@@ -82,15 +82,18 @@ def test_without_gradients_and_where_pytorch_serves_less_is_compiled(monkeypatch
     seen = []
     monkeypatch.setattr(warm_up_module(), "_make_ready", lambda programs, jobs: seen.append([kernel.name for kernel, *_ in programs]))
     connection = mhc.HyperConnection(C, N)
+    two = nn.ModuleList([connection, mhc.HyperConnection(C, N)])
     with mhc.use_backend("tilelang"):
-        mhc.warm_up(connection, T, backward=False)
-        mhc.warm_up(connection, [T, 8192, 2 * T])  # one program serves many token counts
+        mhc.warm_up(two, T, backward=False)
+        mhc.warm_up(two, [T, 8192, 2 * T])  # one program serves many token counts
+        mhc.warm_up(nn.ModuleList([connection, mhc.HyperConnection(2 * C, N)]), T, backward=False)
     with mhc.use_backend("reference"):
-        mhc.warm_up(connection, T)
+        mhc.warm_up(two, T)
     assert set(seen[0]) == {"project_parts", "coefficients", "pre", "post_res_project", "post_res"}
+    assert "post_res_project" not in seen[2]  # no connection that another one follows
     backward = {"pre_grad", "coefficients_bwd", "streams_grad", "sum_parts", "post_res_grads"}
     assert sorted(seen[1]) == sorted({*seen[0], *backward})
-    assert seen[2] == []
+    assert seen[3] == []
 
 
 def warm_up_module():
