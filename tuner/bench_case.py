@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_kernels import reference
+from tuner import shape
 from tuner.errors import TuneError
 from tuner.gate import relative_error
 
@@ -28,12 +29,9 @@ TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 2e-3}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """T tokens, n streams, C channels; ``only`` narrows the rivals measured at this shape."""
+class Shape(shape.Shape):
+    """One whose boundaries are benchmarked; ``only`` narrows the rivals."""
 
-    T: int
-    n: int
-    C: int
     only: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
@@ -42,14 +40,12 @@ class Shape:
     @staticmethod
     def parse(text: str, option: str = "--shapes", narrow: bool = True) -> Shape:
         """``8192x4x2560`` or, where it may ``narrow``, ``8192x4x2560:ours+eager``. Raises :class:`TuneError` that names the option."""
-        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})(?::(\S+))?", text.strip())
-        if match is None or (match[4] and not narrow):
-            narrowed = ", or 8192x4x2560:ours+liger" if narrow else ""
-            raise TuneError(f"{option}: got {text!r}, wanted TxnxC such as 8192x4x2560{narrowed}")
-        T, n, C = (int(match[k]) for k in (1, 2, 3))
-        if not (T >= 1 and 1 <= n <= 8 and C >= 1):
-            raise TuneError(f"{option}: got {text!r}, wanted T and C of at least 1 and n in 1..8")
-        return Shape(T, n, C, tuple(match[4].split("+")) if match[4] else None)
+        match = re.fullmatch(r"([^:]+):(\S+)", text.strip()) if narrow else None
+        try:
+            plain = shape.parse_shape(match[1] if match else text, option)
+        except TuneError as e:
+            raise TuneError(f"{e}{', or 8192x4x2560:ours+liger' if narrow else ''}") from None
+        return Shape(plain.T, plain.n, plain.C, tuple(match[2].split("+")) if match else None)
 
     def unit_bytes(self, dtype: str) -> int:
         """u: one [T,C] tensor in the stream dtype."""
