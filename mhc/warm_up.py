@@ -53,13 +53,15 @@ def warm_up(
 
     Raises:
         ValueError: no connection or head in ``module``, parameters on a device no kernel runs on, fewer than one token or job.
-        TypeError: a dtype that streams cannot have, token counts that are no whole numbers.
+        TypeError: what is no module, a dtype that streams cannot have, token counts that are no whole numbers.
         Whatever the compiler raises.
     """
     if dtype not in STREAM_DTYPES:
         raise TypeError(f"dtype: got {dtype}, wanted {' or '.join(map(str, STREAM_DTYPES))}, that of the streams")
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs: got {jobs}, wanted at least 1")
+    if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
+        raise ValueError(f"jobs: got {jobs!r}, wanted a whole number, at least 1")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}, wanted a torch.nn.Module with connections in it")
     counts = _counts(tokens)
     users = [m for m in module.modules() if isinstance(m, (HyperConnection, HyperHead))]
     if not users:
@@ -138,7 +140,10 @@ def _compile(programs: Sequence[Program], jobs: int) -> None:
 
     release = bundle.tilelang_release()
     marks = {told(*program): mark(release, *program) for program in programs}
-    waiting = [text for text, done in marks.items() if not done.exists()] if env.is_cache_enabled() else []
+    shared = env.is_cache_enabled() and precompile.is_writable()
+    waiting = [text for text, done in marks.items() if not done.exists()] if shared else []
+    if not waiting:
+        return
     # what this process imports from, and no device
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *module_arguments("tl_kernels.precompile", release, *waiting)]

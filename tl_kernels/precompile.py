@@ -28,14 +28,25 @@ def told(kernel: Kernel, p: Problem, cfg: Config, target: str) -> str:
 def mark(release: str, kernel: Kernel, p: Problem, cfg: Config, target: str) -> Path:
     """The file that is there once ``release`` of TileLang has compiled the program."""
     text = told(kernel, p, cfg, target) + kernel.source_hash + release
-    cache = Path(os.environ.get("TILELANG_CACHE_DIR") or "~/.tilelang/cache").expanduser()
-    return cache / "mhc" / hashlib.sha256(text.encode()).hexdigest()
+    return _folder() / hashlib.sha256(text.encode()).hexdigest()
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("TILELANG_CACHE_DIR") or "~/.tilelang/cache").expanduser() / "mhc"
+
+
+def is_writable() -> bool:
+    """Whether marks can be left here; if not, nobody has anything from a program that another process compiled."""
+    try:
+        _folder().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(_folder(), os.W_OK)
 
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Whether nobody else holds ``path``; with ``wait`` True in the end. True where the file system has no locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
             import fcntl
@@ -54,22 +65,23 @@ def main(release: str, *programs: str, tick: Callable[[], object] = lambda: None
 
     Raises what TileLang and the compiler raise, when all else is done.
     """
-    failure = None
+    _folder().mkdir(parents=True, exist_ok=True)
+    failed: dict[str, Exception] = {}
     for wait in (False, True):
         for program in programs:
             name, (n, C, dtype, options), cfg, target = json.loads(program)
             kernel, p = KERNELS[name], Problem(n, C, dtype, tuple((k, v) for k, v in options))
             done = mark(release, kernel, p, cfg, target)
             with _locked(done.with_suffix(".lock"), wait) as mine:
-                if mine and not done.exists():
+                if mine and not done.exists() and program not in failed:
                     try:
                         _compile(kernel, p, cfg, target)
                         done.touch()
                     except Exception as e:
-                        failure = e
+                        failed[program] = e
             tick()
-    if failure is not None:
-        raise failure
+    for error in failed.values():
+        raise error
 
 
 def _compile(*program: Any) -> None:

@@ -128,13 +128,17 @@ def test_each_program_is_compiled_once_however_many_processes_are_told(tmp_path,
 def test_one_that_fails_does_not_keep_the_others(tmp_path, monkeypatch):
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
 
+    tried = []
+
     def first_fails(kernel, p, cfg, target):
+        tried.append(cfg)
         if cfg == PRE[2]:
             raise RuntimeError("no such flag")
 
     monkeypatch.setattr(precompile, "_compile", first_fails)
     with pytest.raises(RuntimeError, match="no such flag"):
         precompile.main("1", *told(PRE, OTHER))
+    assert tried == [PRE[2], OTHER[2]]
     assert not precompile.mark("1", *PRE).exists()
     assert precompile.mark("1", *OTHER).exists()
 
@@ -142,6 +146,7 @@ def test_one_that_fails_does_not_keep_the_others(tmp_path, monkeypatch):
 def test_what_somebody_else_compiles_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     order = []
+    assert precompile.is_writable()
     done = precompile.mark("1", *PRE)
     with precompile._locked(done.with_suffix(".lock"), True):
         monkeypatch.setattr(precompile, "_compile", lambda kernel, p, cfg, target: order.append(cfg))
@@ -195,6 +200,7 @@ def test_ranks_share_the_processors(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        (("model", T), TypeError, "module: got str, wanted a torch.nn.Module"),
         ((nn.Linear(2, 2), T), ValueError, "module: got Linear without an mhc.HyperConnection or mhc.HyperHead in it"),
         ((mhc.HyperConnection(C, device="meta"), T), ValueError, "module: got parameters on meta, wanted them where they run"),
         ((mhc.HyperConnection(C), 0), ValueError, "tokens: got 0, wanted at least 1"),
@@ -208,9 +214,17 @@ def test_bad_arguments(arguments, error, message):
         mhc.warm_up(*arguments)
 
 
-def test_bad_jobs():
-    with pytest.raises(ValueError, match="jobs: got 0, wanted at least 1"):
-        mhc.warm_up(mhc.HyperConnection(C), T, jobs=0)
+@pytest.mark.parametrize("jobs", [0, 1.5])
+def test_bad_jobs(jobs):
+    with pytest.raises(ValueError, match=f"jobs: got {jobs}, wanted a whole number, at least 1"):
+        mhc.warm_up(mhc.HyperConnection(C), T, jobs=jobs)
+
+
+def test_where_no_mark_can_be_left_no_other_process_is_started(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    warm_up_module()._compile([PRE, OTHER], jobs=2)
 
 
 @needs_compiler
