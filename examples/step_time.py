@@ -58,6 +58,7 @@ class Entrant:
 
     def __init__(self, variant: str, mode: str, model: Model) -> None:
         self.inputs = model.inputs
+        self.connections = torch.nn.ModuleList(model.connections if variant == "mhc" else ())
         self.row: dict[str, Any] = {"variant": variant, "mode": mode, "errors": {}, "peak_mib": None, "failure": None, "samples_ms": []}
         self.stack = model.stack(variant, mode == "compile", compiled_formulas=self.inputs.is_cuda)
 
@@ -70,6 +71,8 @@ class Entrant:
     def prepare(self, answer: dict[str, Tensor]) -> None:
         """Compile, warm up, compare with the answer, measure memory. Never raises but KeyboardInterrupt: what failed is in the row."""
         try:
+            if self.connections:
+                mhc.warm_up(self.connections, self.inputs.shape[:-1].numel())
             got = results(self.step(), self.inputs)
             if self.row["variant"] != "plain":
                 self.row["errors"] = {name: finite_error(got[name], answer[name]) for name in answer}
@@ -144,11 +147,9 @@ def describe(args: argparse.Namespace, shape: Shape, hardware: Hardware, model: 
 def measure(args: argparse.Namespace, shape: Shape, hardware: Hardware, command: str, display: BenchDisplay) -> dict[str, Any]:
     """The whole run. Raises :class:`TuneError` where there is nothing to time, and KeyboardInterrupt before the first round ended."""
     modes = ("eager", "compile") if args.compile else ("eager",)
-    display.stage("weights, kernels, and the answer of the formulas", 1)
+    display.stage("weights, and the answer of the formulas", 1)
     try:
         model = Model(shape, args.device, args.seed)
-        if "mhc" in args.variants:
-            mhc.warm_up(torch.nn.ModuleList(model.connections), shape.tokens)
         judge = model.stack("formulas")
         answer = results(step(judge, model.inputs), model.inputs)
     except torch.OutOfMemoryError as error:

@@ -29,7 +29,7 @@ class HyperHead(Float32Parameters):
     ) -> None:
         super().__init__()
         check_sizes(n, dim)
-        self.dim, self.n, self.norm_eps, self.eps = dim, n, norm_eps, eps
+        self.dim, self.n, self.norm_eps, self.eps = int(dim), int(n), float(norm_eps), float(eps)
         self.hc_fn = self.float32_parameter(n, n * dim, device=device, dtype=dtype)
         self.hc_base = self.float32_parameter(n, device=device, dtype=dtype)
         self.hc_scale = self.float32_parameter(1, device=device, dtype=dtype)

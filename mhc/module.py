@@ -158,9 +158,9 @@ class HyperConnection(Float32Parameters):
         super().__init__()
         check_sizes(n, dim)
         check_sinkhorn(sinkhorn_iters, order)
-        self.dim, self.n, self.layer = dim, n, layer
-        self.sinkhorn_iters, self.order, self.residual_mixing = sinkhorn_iters, order, residual_mixing
-        self.norm_eps, self.pre_eps, self.sinkhorn_eps, self.post_mult = norm_eps, pre_eps, sinkhorn_eps, post_mult
+        self.dim, self.n, self.layer = int(dim), int(n), layer
+        self.sinkhorn_iters, self.order, self.residual_mixing = int(sinkhorn_iters), order, residual_mixing
+        self.norm_eps, self.pre_eps, self.sinkhorn_eps, self.post_mult = map(float, (norm_eps, pre_eps, sinkhorn_eps, post_mult))
         self.fused = fused
         M = n * n + 2 * n
         self.fn = self.float32_parameter(M, n * dim, device=device, dtype=dtype)
@@ -193,7 +193,7 @@ class HyperConnection(Float32Parameters):
         return H_pre.reshape(*lead, self.n), H_post.reshape(*lead, self.n), H_res.reshape(*lead, self.n, self.n)
 
     def operators(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """The operators of :mod:`mhc.ops` that the methods may call, each with its options in order."""
+        """The operators of :mod:`mhc.ops` that ``pre``, ``cross`` and ``post`` call in a step, each with its options in order."""
         if self.fused:
             options = self._weights()[3:]
             return [("enter", options), ("boundary", options), ("leave", ())]

@@ -9,9 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -66,22 +64,15 @@ def warm_up(
     users = [m for m in module.modules() if isinstance(m, (HyperConnection, HyperHead))]
     if not users:
         raise ValueError(f"module: got {type(module).__name__} without an mhc.HyperConnection or mhc.HyperHead in it")
-    # one that no other follows has nothing to cross to
-    several = Counter((user.n, user.dim) for user in users if isinstance(user, HyperConnection))
-    alone = {size for size, count in several.items() if count == 1}
-    found: dict[str, Program] = {}
-    for user in users:
-        calls = [call for call in user.operators() if call[0] != "boundary" or (user.n, user.dim) not in alone]
-        found |= {told(*program): program for T in counts for program in _programs(user, calls, T, dtype, backward)}
+    found = {told(*program): program for user in users for T in counts for program in _programs(user, T, dtype, backward)}
     # the last of NAMES, which do most in one launch, take longest
     heaviest_first = sorted(found.values(), key=lambda program: -NAMES.index(program[0].name))
-    return _make_ready(heaviest_first, jobs or _share_of_processors())
+    return _make_ready(heaviest_first, jobs)
 
 
 def _counts(tokens: int | Iterable[int]) -> list[int]:
-    given = list(tokens) if isinstance(tokens, Iterable) else [tokens]
     try:
-        counts = sorted({operator.index(T) for T in given})
+        counts = sorted({operator.index(T) for T in (tokens if isinstance(tokens, Iterable) else [tokens])})
     except TypeError:
         raise TypeError(f"tokens: got {tokens!r}, wanted a whole number of tokens, or several") from None
     if not counts or counts[0] < 1:
@@ -89,12 +80,11 @@ def _counts(tokens: int | Iterable[int]) -> list[int]:
     return counts
 
 
-def _programs(
-    user: HyperConnection | HyperHead, operators: Sequence[tuple[str, tuple[Any, ...]]], T: int, dtype: torch.dtype, backward: bool
-) -> Iterator[Program]:
-    parameter = next(user.parameters(recurse=False))
-    if parameter.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"module: got parameters on {parameter.device}, wanted them where they run, on cpu or cuda")
+def _programs(user: HyperConnection | HyperHead, T: int, dtype: torch.dtype, backward: bool) -> Iterator[Program]:
+    parameter = next(user.parameters(), None)  # its own come first, if they are not taken together elsewhere
+    device = "no device" if parameter is None else parameter.device
+    if parameter is None or parameter.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"module: got a {type(user).__name__} with parameters on {device}, wanted them where they run, on cpu or cuda")
     M = user.n * user.n + 2 * user.n
     size = {"T": T, "n": user.n, "C": user.dim, "M": M, "Q": M + 1, "K": user.n * user.dim}
 
@@ -104,7 +94,7 @@ def _programs(
         found = [torch.empty((), dtype=d, device=parameter.device) for d in dtypes]
         return tuple(one.expand(t.resolve(size)) for one, t in zip(found, signature.inputs, strict=True))
 
-    for name, given in operators:
+    for name, given in user.operators():
         forward, back = (PAIRS | COMPOSITES)[name]
         options = forward.options | dict(zip(forward.options, given, strict=False))
         yield from plan.programs(forward.name, stand_ins(forward), options)
@@ -112,13 +102,15 @@ def _programs(
             yield from plan.programs(back.name, stand_ins(back), {k: options[k] for k in back.options})
 
 
-def _share_of_processors() -> int:
+def _share(programs: int) -> int:
+    """Processes of this rank: its share of the node's processors, and no more than all ranks have programs for."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return math.ceil(processors / max(1, int(ranks) if ranks.isdecimal() else 1))
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = max(1, int(given) if given.isdecimal() else 1)
+    return math.ceil(min(processors, programs) / ranks)
 
 
-def _make_ready(programs: Sequence[Program], jobs: int) -> int:
+def _make_ready(programs: Sequence[Program], jobs: int | None) -> int:
     from tl_kernels.launch import get_launcher, is_loaded
 
     held = bundle.loaded()
@@ -133,29 +125,30 @@ def _make_ready(programs: Sequence[Program], jobs: int) -> int:
     return len(missing)
 
 
-def _compile(programs: Sequence[Program], jobs: int) -> None:
-    """Into TileLang's cache, in this process and ``jobs`` - 1 others."""
+def _compile(programs: Sequence[Program], jobs: int | None) -> None:
+    """Into TileLang's cache, in this process and ``jobs`` - 1 others. What one of those cannot compile is left to this one."""
     from tilelang import env
     from tqdm import tqdm
 
     release = bundle.tilelang_release()
     marks = {told(*program): mark(release, *program) for program in programs}
     shared = env.is_cache_enabled() and precompile.is_writable()
-    waiting = [text for text, done in marks.items() if not done.exists()] if shared else []
+    waiting = [text for text, left in marks.items() if not precompile.is_compiled(left)] if shared else []
     if not waiting:
         return
     # what this process imports from, and no device
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(folder for folder in sys.path if isinstance(folder, str) and folder)
+    variables = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *module_arguments("tl_kernels.precompile", release, *waiting)]
     children: list[subprocess.Popen[bytes]] = []
     silent = subprocess.DEVNULL
     with tqdm(total=len(waiting), desc="mhc: compiling", disable=None, leave=False) as bar:
 
         def tick() -> None:
-            bar.update(sum(marks[text].exists() for text in waiting) - bar.n)
+            bar.update(sum(precompile.is_compiled(marks[text]) for text in waiting) - bar.n)
 
         try:
-            for _ in range(min(jobs, len(waiting)) - 1):  # one after the other, for an interrupt may come between
+            for _ in range(min(jobs or _share(len(waiting)), len(waiting)) - 1):  # one after the other, for an interrupt may come between
                 children.append(subprocess.Popen(command, env=variables, stdin=silent, stdout=silent, stderr=silent))  # noqa: PERF401
             precompile.main(release, *waiting, tick=tick)
         finally:

@@ -1,10 +1,11 @@
 """``mhc-tune startup``: how long a training script takes from its start to the end of its first step, ours and rivals.
 
 Each start is a process of its own (tuner/startup_worker.py): Python, torch, the implementation, one boundary around the identity layer,
-forward + backward twice. Three ways to start:
+forward + backward twice. Four ways to start:
 
 * ``cold``: nothing was ever compiled here; every cache of TileLang, Triton, Inductor and CUDA is an empty folder;
 * ``cached``: the same once more, with the caches that the cold start filled;
+* ``warm_up`` (ours): as cold, with ``mhc.warm_up`` before the first step;
 * ``bundle`` (ours, with ``--bundle``): empty caches again, programs from the bundle, and no compiler on PATH.
 
 Starts of different implementations take turns. Writes startup.json and startup.md; ``complete`` says whether nothing interrupted it.
@@ -51,8 +52,6 @@ CACHES = {
 COMPILERS = ("CUDA_HOME", "CUDA_PATH", "NVCC", "CXX", "CC")
 #: Moments of a start, in their order.
 MOMENTS = ("python", "torch", "ready", "first", "second")
-
-
 #: The way to start that :mod:`tuner.startup_worker` is told of: as cold, but programs are compiled side by side before the first step.
 WARM_UP = "warm_up"
 

@@ -80,7 +80,6 @@ def test_another_kind_of_database_is_told_which_are_wanted(url):
         ("sqlite:///a/b.db", "a/b.db"),
         (" sqlite:////tmp/x.db?timeout=3", "/tmp/x.db"),
         ("sqlite+pysqlite:///x.db", "x.db"),
-        ("sqlite:///a%20b.db", "a b.db"),
         ("sqlite://", None),
         ("sqlite+pysqlite://", None),
         ("sqlitefoo", None),
