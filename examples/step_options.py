@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,8 +24,6 @@ SIZES = {
     "seq": "tokens of a sequence",
 }
 ROUNDS = {"cuda": 40, "cpu": 7}
-#: What decides, beside the options, which programs serve.
-VARIABLES = ("MHC_BACKEND", "MHC_BUNDLE", "MHC_PROFILE", "MHC_RESERVED_SMS")
 
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -72,9 +68,3 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         parser.error(f"--variants: got {args.variants}, wanted plain and of mhc, formulas what to compare with it")
     args.variants = [name for name in VARIANTS if name in named]
     return args
-
-
-def command_line(argv: Sequence[str]) -> str:
-    """What was typed, and before it the variables that decide what serves."""
-    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in VARIABLES if os.environ.get(name)]
-    return " ".join([*variables, shlex.join(["python", "examples/step_time.py", *argv])])

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from step_model import Model, Shape, clear_gradients, step
-from step_options import command_line, parse
+from step_options import parse
 from step_report import FILES, chart, markdown, summarize
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from mhc.profile import ProfileError, active_profile
 from tuner.bench_case import finite_error
 from tuner.bench_display import BenchDisplay
 from tuner.bench_entrant import peak_mib
+from tuner.commands.line import typed
 from tuner.device_state import read_state
 from tuner.errors import INTERRUPTED, TuneError, one_line, writing
 from tuner.hardware import CPU, Hardware, resolve
@@ -212,9 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ProfileError, TuneError) as error:
         print(f"step_time.py: {'--profile: ' if isinstance(error, ProfileError) else ''}{error}", file=sys.stderr)
         return 2
+    command = typed("python", "examples/step_time.py", *(sys.argv[1:] if argv is None else argv))
     try:
         with BenchDisplay() as display:
-            result = measure(args, shape, hardware, command_line(sys.argv[1:] if argv is None else argv), display)
+            result = measure(args, shape, hardware, command, display)
     except KeyboardInterrupt:
         print(f"step_time.py: interrupted before anything was measured; {out} is as it was", file=sys.stderr)
         return INTERRUPTED

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from mhc import bundle, plan
-from mhc.child_python import module_arguments
 from mhc.head import HyperHead
 from mhc.module import HyperConnection
 from mhc.plan import Program
 from mhc.signatures import COMPOSITES, PAIRS, STREAM_DTYPES, Signature
 from tl_kernels import NAMES, precompile
+from tl_kernels.child_python import cores, module_arguments
 from tl_kernels.precompile import mark, told
 
 log = logging.getLogger("mhc")
@@ -104,10 +104,9 @@ def _programs(user: HyperConnection | HyperHead, T: int, dtype: torch.dtype, bac
 
 def _share(programs: int) -> int:
     """Processes of this rank: its share of the node's processors, and no more than all ranks have programs for."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("LOCAL_WORLD_SIZE", "")
     ranks = max(1, int(given) if given.isdecimal() else 1)
-    return math.ceil(min(processors, programs) / ranks)
+    return math.ceil(min(cores(), programs) / ranks)
 
 
 def _make_ready(programs: Sequence[Program], jobs: int | None) -> int:

@@ -11,9 +11,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NoReturn
 
 from tl_kernels import KERNELS, launch
+from tl_kernels.child_python import cores
 from tl_kernels.spec import Config, Kernel, Problem
 from tuner import bench_kernels
-from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
+from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool
 
 Program = tuple[Kernel, Problem, Config]
 

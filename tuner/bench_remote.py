@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mhc.child_python import module_arguments
+from tl_kernels.child_python import module_arguments
 from tuner.bench_entrant import Spec, empty_row
 from tuner.errors import TuneError
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc.yamlfile import printable
+from tl_kernels.child_python import cores
 from tuner.compile_each import compile_each
 from tuner.display import make_console
 from tuner.errors import INTERRUPTED, TuneError, writing
@@ -27,7 +28,7 @@ from tuner.hardware import Hardware, find_compiler
 from tuner.plan import pick_kernels, split_names
 from tuner.run import term_is_interrupt
 from tuner.selection import find_profile, load
-from tuner.workers import WorkerError, cores
+from tuner.workers import WorkerError
 
 #: Exit code where some programs, or all, could not be compiled.
 INCOMPLETE = 1

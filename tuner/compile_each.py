@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tl_kernels.child_python import cores
 from tuner.display import duration
 from tuner.waiting import as_they_end
-from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool, cores
+from tuner.workers import COMPILE_ENV, WorkerError, WorkerPool
 
 
 def progress_bar(console: Console) -> Progress:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mhc.files import replace_file
 from mhc.profile import packaged_dir
+from tl_kernels.child_python import cores
 from tuner.devices import Device, aim, pick, visible_devices
 from tuner.display import Display, duration, funnel_line, make_console, result_table
 from tuner.effort import effort_of
@@ -22,7 +23,6 @@ from tuner.errors import INTERRUPTED, LOST, TuneError, writing
 from tuner.hardware import Hardware, find_compiler, resolve
 from tuner.plan import make_tasks, nothing_runs, parse_tokens, pick_kernels, pick_workloads, shape_workloads, split_names
 from tuner.storage import is_private, open_storage, redacted
-from tuner.workers import cores
 from tuner.workloads import Workload, WorkloadError, load_workloads
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from mhc.child_python import module_arguments
 from mhc.files import replace_file
+from tl_kernels.child_python import module_arguments
 from tuner.bench_case import TOLERANCE, Shape
 from tuner.bench_display import BenchDisplay
 from tuner.bench_remote import find_env, parse_envs, python_command

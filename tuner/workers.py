@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from mhc.child_python import module_arguments
+from tl_kernels.child_python import module_arguments
 from tuner.storage import STORAGE_VARIABLE
 
 START_TIMEOUT_S = 180.0
@@ -39,11 +39,6 @@ COMPILE_ENV = {
 #: Of a process that measures. OpenMP threads that spin lose their core on a busy machine, and then a 20 us cast takes a scheduler's quantum
 #: of 8 ms.
 MEASURE_ENV = {"TILELANG_PRINT_ON_COMPILATION": "0", "OMP_WAIT_POLICY": "passive", STORAGE_VARIABLE: "", "MHC_BUNDLE": ""}
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerError(Exception):

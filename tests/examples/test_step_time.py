@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,31 +12,20 @@ import torch
 
 import mhc
 from tests.conftest import assert_close
+from tests.examples.conftest import import_example
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = "--tiny --device cpu --rounds 3 --layers 1 --dim 32 --seq 8"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def step_time() -> ModuleType:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module("step_time")
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return import_example("step_time")
 
 
 @pytest.fixture
 def step_model(step_time) -> ModuleType:
     return sys.modules["step_model"]
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)  # --tiny asks for one
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import sys
@@ -14,28 +13,16 @@ import pytest
 import torch
 
 import mhc
+from tests.examples.conftest import import_example
 from tl_kernels import NAMES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPE = {"dim": 32, "layers": 2, "heads": 2, "seq": 16, "n": 3, "stream_dtype": torch.float32}
 RUN = "--tiny --device cpu --steps 4 --batch 2 --seq 16 --dim 32 --heads 2 --n 4"
 
 
 @pytest.fixture(scope="module")
 def train_lm() -> ModuleType:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        importlib.import_module("plot_losses")
-        return importlib.import_module("train_lm")
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)  # --tiny asks for one
+    return import_example("train_lm", "plot_losses")
 
 
 @pytest.fixture(autouse=True)

@@ -37,9 +37,9 @@ def replay(
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: every core.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for replay.json and replay.png.")] = Path("."),
 ) -> None:
+    from tl_kernels.child_python import cores
     from tuner.replay import ReplayRequest, run_replay
     from tuner.samplers import pick_samplers
-    from tuner.workers import cores
 
     request = ReplayRequest(
         ledger=ledger,
